@@ -1,0 +1,237 @@
+"""Rows in, answers out: tokens, batches, scores by log-probability, and greedy or sampled text, all batched.
+
+Rows are padded on the left with explicit positions, so a row's numbers do not depend on its neighbours (fp32: up to
+rounding). Rows that begin with the same tokens (a few-shot prompt, an instruction) share one pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtailor.data import Row
+from fedtailor.errors import SiloError
+from fedtailor.models import Resident, texts
+from fedtailor.tuned import IGNORED, Batch, Tuned
+
+SHARED = 24  # tokens in common from which one pass over them pays for cutting the rows in two
+PLACES = 1024  # tokens of a scoring batch, padding included: measured best on a CPU (512 to 1024), its caches hold it
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as token ids: the prompt, then the answer."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def encode(resident: Resident, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool) -> list[Encoded]:
+    """Token ids of prompt and answer, joined by one space where the prompt does not end in white space.
+
+    `stop` ends the answer with the end-of-text token (generation). `answers` replaces the rows' own. The two parts are
+    tokenized apart, so the prompt's tokens are the same whatever the answer. Raises SiloError for a row longer than
+    the model's context.
+    """
+    prompts = [texts(resident.tokenizer, row.messages) if row.messages else row.prompt for row in rows]
+    told = [row.answer for row in rows] if answers is None else answers
+    told = [a if not p or p[-1].isspace() else f" {a}" for p, a in zip(prompts, told, strict=True)]
+    take = {"add_special_tokens": False}
+    if not rows:
+        return []
+    encoded = [
+        Encoded(p or [resident.tokenizer.eos_token_id], a + [resident.tokenizer.eos_token_id] * stop)
+        for p, a in zip(
+            resident.tokenizer(prompts, **take).input_ids, resident.tokenizer(told, **take).input_ids, strict=True
+        )
+    ]
+    for row, item in zip(rows, encoded, strict=True):
+        if len(item) > resident.context:
+            raise SiloError(
+                f"row {row.id or '?'} has {len(item)} tokens ({len(item.answer)} of them answer), the model's context"
+                f" is {resident.context}: shorten it or set data.max_words"
+            )
+    return encoded
+
+
+def batch(items: Sequence[Encoded], pad_id: int) -> Batch:
+    """Left-padded, on the CPU; labels are the answers, aligned right: (B, longest answer)."""
+    width, keep = max(map(len, items)), max(len(i.answer) for i in items)
+    ids = torch.full((len(items), width), pad_id)
+    mask = torch.zeros((len(items), width), dtype=torch.long)
+    labels = torch.full((len(items), keep), IGNORED)
+    for i, item in enumerate(items):
+        ids[i, width - len(item) :] = torch.tensor(item.prompt + item.answer)
+        mask[i, width - len(item) :] = 1
+        labels[i, keep - len(item.answer) :] = torch.tensor(item.answer)
+    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels)
+
+
+def encode_classes(resident: Resident, rows: Sequence[Row], labels: Sequence[str]) -> list[Encoded]:
+    """For an encoder: the text as its own tokenizer wants it, and the label's index as the only 'answer'."""
+    ids = resident.tokenizer([row.prompt for row in rows], truncation=True, max_length=resident.context).input_ids
+    return [Encoded(text, [labels.index(row.answer)]) for text, row in zip(ids, rows, strict=True)]
+
+
+def class_batch(items: Sequence[Encoded], pad_id: int) -> Batch:
+    """As `batch`, for an encoder: labels are (B,) classes and take no place in the text."""
+    texts_only = batch([Encoded(item.prompt, []) for item in items], pad_id)
+    classes = torch.tensor([item.answer[0] for item in items])
+    return Batch(texts_only.input_ids, texts_only.attention_mask, texts_only.position_ids, classes)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model that answers: a resident base, what is on it, and the tensors that were learnt."""
+
+    resident: Resident
+    tuned: Tuned
+    tensors: Mapping[str, Tensor] | None = None  # None: the base as it stands
+    before: str = ""  # put in front of every prompt: few-shot examples, an instruction
+
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool = True) -> list[tuple[float, int]]:
+        """For each row (log-probability in nats of its answer, number of its tokens); higher is likelier."""
+        items = encode(self.resident, self._told(rows), answers, stop=stop)
+        found: dict[int, tuple[float, int]] = {}
+        for chosen in _by_length(items):
+            some = batch([items[i] for i in chosen], self._pad).to(self.resident.device)
+            logits = self._logits(some, some.labels.shape[1] + 1)[:, :-1].float()
+            gone = some.labels == IGNORED
+            picked = logits.log_softmax(-1).gather(-1, some.labels.clamp(min=0)[..., None])[..., 0].masked_fill(gone, 0)
+            for i, total, count in zip(chosen, picked.double().sum(1).tolist(), (~gone).sum(1).tolist(), strict=True):
+                found[i] = (total, count)
+        return [found[i] for i in range(len(items))]
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
+        """(rows, choices) log-probabilities of each choice as the answer, fp32 on the CPU."""
+        if self.resident.classifier:
+            return self._class_scores(rows, choices)
+        rows = self._told(rows)
+        alternatives = [encode(self.resident, rows, [choice] * len(rows), stop=False) for choice in choices]
+        if any(len(item.answer) != 1 for column in alternatives for item in column):
+            flat = [self.logprobs(rows, [choice] * len(rows), stop=False) for choice in choices]
+            return torch.tensor([[total for total, _ in column] for column in flat]).T
+        # every choice is one token: one pass over the prompt answers for all of them
+        out = torch.zeros(len(rows), len(choices))
+        prompts = [Encoded(item.prompt, []) for item in alternatives[0]]
+        for chosen in _by_length(prompts):
+            some = batch([prompts[i] for i in chosen], self._pad).to(self.resident.device)
+            logp = self._logits(some, 1)[:, 0].float().log_softmax(-1).cpu()
+            ids = torch.tensor([[column[i].answer[0] for column in alternatives] for i in chosen])
+            out[torch.tensor(chosen)] = logp.gather(1, ids)
+        return out
+
+    @torch.no_grad()
+    def generate(
+        self, rows: Sequence[Row], *, max_new_tokens: int = 32, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> list[str]:
+        """Text until the end token or `max_new_tokens`; greedy at temperature 0."""
+        items = [Encoded(i.prompt, []) for i in encode(self.resident, self._told(rows), [""] * len(rows), stop=False)]
+        draw = torch.Generator().manual_seed(seed)
+        texts_: dict[int, str] = {}
+        for chosen in _by_length(items, extra=max_new_tokens):
+            some = batch([items[i] for i in chosen], self._pad).to(self.resident.device)
+            tokens = list(zip(*self._steps(some, max_new_tokens, temperature, top_p, draw), strict=True))
+            for i, row in zip(chosen, tokens or [()] * len(chosen), strict=True):
+                kept = row[: row.index(None)] if None in row else row
+                texts_[i] = self.resident.tokenizer.decode(list(kept), skip_special_tokens=True).strip()
+        return [texts_[i] for i in range(len(items))]
+
+    def stream(self, row: Row, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
+        """One answer, piece by piece as it is made: what `fedtailor chat` prints."""
+        item = Encoded(encode(self.resident, self._told([row]), [""], stop=False)[0].prompt, [])
+        draw, told, tokens = torch.Generator().manual_seed(seed), "", []
+        with torch.no_grad():
+            for step in self._steps(batch([item], self._pad).to(self.resident.device), max_new_tokens, temperature, top_p, draw):
+                if step[0] is None:
+                    return
+                tokens.append(step[0])
+                text = self.resident.tokenizer.decode(tokens, skip_special_tokens=True)
+                if not text.endswith("\ufffd"):  # half a character: wait for the rest of its bytes
+                    yield text[len(told) :]
+                    told = text
+
+    @property
+    def _pad(self) -> int:
+        return int(self.resident.tokenizer.pad_token_id)
+
+    def _told(self, rows: Sequence[Row]) -> Sequence[Row]:
+        if not self.before:
+            return rows
+        return [Row(self.before + row.prompt, row.answer, row.id) for row in rows]
+
+    def _class_scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
+        items = [Encoded(i.prompt, [0]) for i in encode_classes(self.resident, [Row(r.prompt, choices[0]) for r in rows], choices)]
+        out = torch.zeros(len(rows), len(choices))
+        for chosen in _by_length(items):
+            some = class_batch([items[i] for i in chosen], self._pad).to(self.resident.device)
+            logits, _ = self.tuned.using(self.tensors, some.input_ids, some.attention_mask, some.position_ids, 0)
+            out[torch.tensor(chosen)] = logits.float().log_softmax(-1).cpu()
+        return out
+
+    def _logits(self, some: Batch, keep: int) -> Tensor:
+        """(B, keep, V). Tokens that begin every row are read once, and their cache is spread over the rows."""
+        rows, width = some.input_ids.shape
+        starts = [int(start) for start in (width - some.attention_mask.sum(1))]
+        ids = [row[start:] for row, start in zip(some.input_ids.tolist(), starts, strict=True)]
+        shared = min(len(commonprefix(ids)), min(map(len, ids)) - keep)
+        if shared < SHARED or rows == 1:
+            return self.tuned.using(self.tensors, some.input_ids, some.attention_mask, some.position_ids, keep)[0]  # type: ignore[no-any-return]
+        one = torch.tensor([ids[0][:shared]], device=some.input_ids.device)
+        places = torch.arange(shared, device=one.device)[None]
+        _, cache = self.tuned.using(self.tensors, one, torch.ones_like(one), places, 1)
+        cache.batch_repeat_interleave(rows)
+        rest = batch([Encoded(row[shared:], []) for row in ids], self._pad).to(one.device)
+        mask = torch.cat([torch.ones(rows, shared, dtype=torch.long, device=one.device), rest.attention_mask], dim=1)
+        return self.tuned.using(self.tensors, rest.input_ids, mask, rest.position_ids + shared, keep, cache)[0]  # type: ignore[no-any-return]
+
+    def _steps(self, some: Batch, count: int, temperature: float, top_p: float, draw: torch.Generator) -> Iterator[list[int | None]]:
+        """One token per row and step; None once a row has ended. Stops when all have."""
+        ends = {self.resident.tokenizer.eos_token_id}
+        more = self.resident.module.generation_config.eos_token_id
+        ends |= set(more if isinstance(more, list) else [more])
+        ids, mask, places, cache = some.input_ids, some.attention_mask, some.position_ids, None
+        over = [False] * ids.shape[0]
+        for _ in range(count):
+            logits, cache = self.tuned.using(self.tensors, ids, mask, places, 1, cache)
+            nexts = _choose(logits[:, -1].float().cpu(), temperature, top_p, draw).tolist()
+            over = [done or token in ends for done, token in zip(over, nexts, strict=True)]
+            yield [None if done else token for done, token in zip(over, nexts, strict=True)]
+            if all(over):
+                return
+            ids = torch.tensor(nexts, device=mask.device)[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            places = places[:, -1:] + 1
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, draw: torch.Generator) -> Tensor:
+    """(B, V) -> (B,). Nucleus sampling keeps the fewest likeliest tokens that reach `top_p` (Holtzman et al. 2020)."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    ranked, order = (logits / temperature).softmax(-1).sort(descending=True)
+    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
+    return order.gather(1, ranked.multinomial(1, generator=draw))[:, 0]
+
+
+def _by_length(items: Sequence[Encoded], extra: int = 0) -> Iterable[list[int]]:
+    """Indices in batches of like length, the longest first: little padding, and too large a batch shows at once."""
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
+    while order:
+        size = max(1, PLACES // (len(items[order[0]]) + extra))
+        yield order[:size]
+        order = order[size:]
+
+
+def fresh(resident: Resident, config: Any = None, classes: int = 0) -> Answers:
+    """The base as it stands."""
+    return Answers(resident, resident.tuned(config, classes))

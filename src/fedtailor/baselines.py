@@ -1,0 +1,87 @@
+"""Baselines are views of the data, not methods, so every method has them. In process only: they pool what silos hold.
+
+zero_shot: the base as it is. few_shot: with examples in the prompt. alone: one silo at a time, same local steps.
+centralized: one pooled silo, local steps times silos, so the same rows are seen; its optimizer is kept over rounds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedtailor.answering import Answers, fresh
+from fedtailor.core import Ask
+from fedtailor.data import Row, SiloData
+
+POOLED = "all_silos"
+
+
+@dataclass(frozen=True)
+class Bare:
+    """The base as it stands, with a text in front of every prompt."""
+
+    before: str = ""
+    labels: int = 0
+
+    def open(self, models: Mapping[str, Any], ask: Ask | None = None) -> Answers:
+        resident = models["base"]
+        bare = fresh(resident, None, self.labels if resident.classifier else 0)
+        return Answers(resident, bare.tuned, None, self.before)
+
+
+def zero_shot(data: Mapping[str, SiloData]) -> Bare:
+    return Bare(labels=len(_labels(data)))
+
+
+def few_shot(data: Mapping[str, SiloData], count: int, seed: int) -> Bare:
+    """`count` training rows as examples, from different silos and of different labels as far as there are any."""
+    dice = random.Random(f"few-shot/{seed}")
+    silos, labels = list(data), list(_labels(data))
+    dice.shuffle(silos)
+    dice.shuffle(labels)
+    examples: list[Row] = []
+    for i in range(count):
+        rows = [row for row in data[silos[i % len(silos)]].train if not row.messages]
+        wanted = [row for row in rows if not labels or row.answer == labels[i % len(labels)]] or rows
+        if wanted:
+            examples.append(dice.choice(wanted))
+    return Bare("".join(_shown(row) for row in examples), len(labels))
+
+
+def pooled(data: Mapping[str, SiloData]) -> dict[str, SiloData]:
+    """All silos' rows as those of one."""
+    splits = {split: tuple(row for d in data.values() for row in getattr(d, split)) for split in ("train", "val", "test")}
+    return {POOLED: SiloData(**splits, labels=_labels(data))}
+
+
+def alone(data: Mapping[str, SiloData], silo: str) -> dict[str, SiloData]:
+    """One silo, as if the others were not there."""
+    return {silo: data[silo]}
+
+
+def _labels(data: Mapping[str, SiloData]) -> tuple[str, ...]:
+    return next(iter(data.values())).labels
+
+
+def _shown(row: Row) -> str:
+    joint = "" if row.prompt[-1:].isspace() else " "
+    return f"{row.prompt}{joint}{row.answer}\n\n"
+
+
+def samples(model: Answers, data: Mapping[str, SiloData], count: int, max_new_tokens: int) -> Sequence[dict[str, str]]:
+    """A few test rows and what the model says to them: the first of each silo in turn."""
+    order = [(silo, row) for i in range(count) for silo, d in data.items() for row in d.test[i : i + 1]][:count]
+    rows = [row for _, row in order]
+    if not rows:
+        return []
+    labels = _labels(data)
+    if labels:
+        told = [labels[i] for i in model.scores(rows, labels).argmax(1).tolist()]
+    else:
+        told = model.generate(rows, max_new_tokens=max_new_tokens)
+    return [
+        {"silo": silo, "prompt": row.prompt or row.messages[-1]["content"], "answer": row.answer, "generated": text}
+        for (silo, row), text in zip(order, told, strict=True)
+    ]

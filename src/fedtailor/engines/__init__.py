@@ -1,0 +1,1 @@
+"""Each engine makes an `Ask`. They know the wire and the silos, never a method."""

@@ -1,0 +1,109 @@
+"""A silo's side of any engine: takes a request, runs the `in_silo` work, keeps memory so that nothing is applied twice.
+
+A request is known by run, round, ask index, silo and body. The same request again gets the recorded reply. A changed
+one at the same place restarts from the memory before that place. Memory becomes final when the server commits the round.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtailor import wire
+from fedtailor.core import Silo
+from fedtailor.errors import SiloError
+
+
+@dataclass(frozen=True)
+class Request:
+    run: str
+    round: int
+    index: int  # of the ask within its round
+    work: str  # "module:name"
+    body: bytes
+
+    def id(self, silo: str) -> str:
+        place = f"{self.run}\n{self.round}\n{self.index}\n{silo}\n{self.work}\n".encode()
+        return hashlib.sha256(place + hashlib.sha256(self.body).digest()).hexdigest()
+
+
+@dataclass
+class _Done:
+    id: str
+    reply: bytes
+    memory: dict[str, Any] | None  # after this request; None: as before it
+
+
+@dataclass
+class Desk:
+    """One silo: its data, its memory, what it answered in the open round."""
+
+    name: str
+    data: Any
+    models: Mapping[str, Any]
+    seed: int
+    memory: dict[str, Any] = field(default_factory=dict)  # as of the last commit
+    round: int = 0
+    done: list[_Done] = field(default_factory=list)  # by ask index of the open round
+
+    def recorded(self, request: Request) -> bytes | None:
+        """The reply given to this very request, if it was given in the open round."""
+        known = [d.reply for d in self.done if d.id == request.id(self.name)]
+        return known[0] if known and request.round == self.round else None
+
+    def silo(self, request: Request, *, remembers: bool) -> Silo:
+        """The view for a new request, with a copy of the memory as it was before it. What came after is forgotten."""
+        if request.round != self.round:
+            self.round, self.done = request.round, []  # the open round was never committed: it did not happen
+        del self.done[request.index :]
+        while len(self.done) < request.index:  # asks that went to other silos
+            self.done.append(_Done("", b"", None))
+        seed = seed_of(self.seed, self.name, request.round, request.index)
+        memory = copy.deepcopy(self._latest()) if remembers else {}
+        return Silo(self.name, self.data, self.models, seed, memory)
+
+    def record(self, request: Request, reply: bytes, memory: dict[str, Any] | None) -> None:
+        self.done.append(_Done(request.id(self.name), reply, memory))
+
+    def commit(self) -> bool:
+        """Make the open round's memory final. Returns whether it may have changed."""
+        changed = any(done.memory is not None for done in self.done)
+        self.memory, self.done = self._latest(), []
+        return changed
+
+    def _latest(self) -> dict[str, Any]:
+        return next((done.memory for done in reversed(self.done) if done.memory is not None), self.memory)
+
+
+def answer(desks: Sequence[Desk], request: Request) -> list[bytes]:
+    """Packed replies of these silos to one request, in order; several silos go through the work's cohort function.
+
+    A `SiloError` becomes a packed `Failure`, and leaves the memory as it was. Any other exception is a bug and is raised.
+    """
+    new = [desk for desk in desks if desk.recorded(request) is None]
+    if new:
+        work, body = wire.find_work(request.work), wire.unpack(request.body)
+        silos = [desk.silo(request, remembers=work.__memory__) for desk in new]
+        for desk, silo, up in zip(new, silos, _worked(work, silos, body), strict=True):
+            keeps = work.__memory__ and not isinstance(up, wire.Failure)
+            desk.record(request, wire.pack(up), silo.memory if keeps else None)
+    return [reply for desk in desks if (reply := desk.recorded(request)) is not None]
+
+
+def _worked(work: Any, silos: list[Silo], body: Any) -> list[Any]:
+    try:
+        return [work(silos[0], body)] if len(silos) == 1 else list(work.__cohort__(silos, body))
+    except SiloError as error:
+        if len(silos) == 1:
+            return [wire.Failure(str(error))]
+    # one of them cannot: find out who, one by one
+    return [_worked(work, [silo], body)[0] for silo in silos]
+
+
+def seed_of(seed: int, *place: Any) -> int:
+    """A seed for a place (silo, round, ask index): the same on every engine, unrelated for any two places."""
+    text = "\n".join(map(str, (seed, *place)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")

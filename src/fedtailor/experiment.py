@@ -1,0 +1,294 @@
+"""TOML -> Experiment, all errors together; and `run`, the only loop, the same for every engine and every method."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from fedtailor import evaluate as scoring
+from fedtailor import find, progress
+from fedtailor.core import Ask
+from fedtailor.data import SILO_FIELDS, Data
+from fedtailor.errors import UserError, suggest
+from fedtailor.evaluate import Evaluate, Evaluation
+from fedtailor.faults import Faults
+from fedtailor.generations import Best, Generations
+from fedtailor.models import Base
+
+ROWS = ("zero_shot", "few_shot", "alone", "federated", "centralized")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The [engine] part: how the silos are run, not what they compute."""
+
+    cohort: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # silos trained in one pass
+    threads: Annotated[int, Field(ge=0)] = 0  # 0: all cores; 1 and cohort = 1: bit for bit the same anywhere
+    record: bool = False  # keep every message under messages/, for audits
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question: this method, on these silos' rows, beside these baselines."""
+
+    name: str
+    data: Data
+    method: Any
+    model: Base = field(default_factory=Base)
+    rounds: Annotated[int, Field(ge=1)] = 4
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the silos drawn each round, at least one
+    seeds: tuple[int, ...] = (0,)
+    rows: tuple[Literal["zero_shot", "few_shot", "alone", "federated", "centralized"], ...] = ROWS  # type: ignore[assignment]
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    engine: Engine = field(default_factory=Engine)
+    faults: Faults = field(default_factory=Faults)
+    silo: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # [silo.NAME]: what one silo does differently
+
+
+class Running(Protocol):
+    """What `run` needs of an engine beside `Ask`."""
+
+    silos: tuple[str, ...]
+    rejected: list[tuple[int, str, str]]
+    traffic: Any
+    desks: Mapping[str, Any]
+
+    def reach(self, number: int, silos: Sequence[str] | None = None, *, disturbed: bool = True) -> Ask: ...
+    def commit(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run left: the best state by validation, what it serves, and a log entry per round."""
+
+    state: Any
+    served: Any
+    best_round: int
+    log: list[dict[str, Any]]
+
+
+def run(experiment: Experiment, engine: Running, keep: Generations | None = None, method: Any = None, seed: int = 0) -> Report:
+    """All rounds of one method over one engine. With `keep`, every round is committed there and a killed run goes on.
+
+    Silos are sampled once per round from the seed. The best round is chosen on validation rows; test is not touched.
+    """
+    method = experiment.method if method is None else method
+    kept = None if keep is None else keep.newest()
+    if kept is not None:
+        generation, memories, best = kept
+        number, state, log = generation.round, generation.state, list(generation.log)
+        for name, memory in memories.items():
+            engine.desks[name].memory = memory
+    else:
+        began = time.perf_counter()
+        number, best, state = 0, None, method.begin(engine.reach(0, disturbed=False))
+        entry, best = _ended(experiment, engine, method, 0, state, None, began)
+        log = [entry]
+        _commit(engine, keep, 0, state, best, log)
+    with progress.bar("rounds", experiment.rounds) as advance:
+        for _ in range(number):
+            advance()
+        for number in range(number + 1, experiment.rounds + 1):
+            began = time.perf_counter()
+            ask = engine.reach(number, sampled(engine.silos, experiment.participation, seed, number))
+            state = method.round(state, ask)
+            entry, best = _ended(experiment, engine, method, number, state, best, began)
+            log.append({**entry, "silos": list(ask.silos)})
+            _commit(engine, keep, number, state, best, log)
+            advance()
+            progress.line(_told(log[-1], experiment.rounds))
+    chosen, number = (state, experiment.rounds) if best is None else (best.state, best.round)
+    return Report(chosen, method.serve(chosen), number, log)
+
+
+def sampled(silos: Sequence[str], participation: float, seed: int, number: int) -> tuple[str, ...]:
+    """This round's silos, in silo order: the same for the same seed and round, on any engine."""
+    count = max(1, round(participation * len(silos)))
+    chosen = set(random.Random(f"{seed}/{number}").sample(range(len(silos)), count))
+    return tuple(name for i, name in enumerate(silos) if i in chosen)
+
+
+def _ended(
+    experiment: Experiment, engine: Running, method: Any, number: int, state: Any, best: Best | None, began: float
+) -> tuple[dict[str, Any], Best | None]:
+    """The round's log entry, and the best state with this round in the running."""
+    up, down = engine.traffic.take()
+    trained = time.perf_counter() - began
+    entry: dict[str, Any] = {"round": number, "bytes_up": up, "bytes_down": down, "seconds": trained, "rejected": {}}
+    entry |= dict(getattr(state, "notes", {}))
+    if number % experiment.evaluate.every == 0 or number == experiment.rounds:
+        name = experiment.evaluate.best_by
+        body = Evaluate(method.serve(state), "val", experiment.evaluate.max_new_tokens, generate=name not in ("loss", "accuracy", "macro_f1"))
+        found = scoring.summary(scoring.ask_all(engine.reach(number, disturbed=False), body))
+        entry["evaluation_bytes_up"], entry["evaluation_bytes_down"] = engine.traffic.take()
+        entry["val"] = found
+        if name in found:
+            value = found[name]["mean"]
+            if best is None or scoring.better(name, value, best.value):
+                best = Best(number, value, state)
+    entry["rejected"] = {silo: why for n, silo, why in engine.rejected if n == number}
+    entry["evaluation_seconds"] = time.perf_counter() - began - trained
+    return entry, best
+
+
+def _commit(engine: Running, keep: Generations | None, number: int, state: Any, best: Best | None, log: list[dict[str, Any]]) -> None:
+    took_part = engine.commit()
+    if keep is not None:
+        keep.commit(number, state, {name: engine.desks[name].memory for name in took_part}, best, log)
+
+
+def _told(entry: Mapping[str, Any], rounds: int) -> str:
+    parts = [f"round {entry['round']} of {rounds}"]
+    if "train_loss" in entry:
+        parts.append(f"train loss {entry['train_loss']:.3f}")
+    parts += [f"val {name} {found['mean']:.3f}" for name, found in entry.get("val", {}).items()]
+    return ", ".join(parts) + f" ({entry['seconds'] + entry['evaluation_seconds']:.0f} s)"
+
+
+def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Experiment:
+    """The experiment of a file, with `--set part.key=value` laid over it. Raises UserError listing *all* its errors."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; shipped experiments are in experiments/") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as TOML: {error}") from error
+    table.setdefault("name", path.stem)
+    source = table.get("data", {}).get("source") if isinstance(table.get("data"), dict) else None
+    if isinstance(source, str) and not Path(source).exists() and (path.parent / source).exists():
+        table["data"]["source"] = str((path.parent / source).resolve())  # beside the experiment file
+    for text in sets:
+        _set(table, text)
+    if seed is not None:
+        table["seeds"] = [seed]
+    return parse(table, str(path))
+
+
+def parse(table: Mapping[str, Any], place: str) -> Experiment:
+    """A dict as read from TOML -> Experiment. `place` begins every error line. Raises UserError with one line per error."""
+    errors: list[str] = []
+    parts: dict[str, Any] = {}
+    known = {"model": Base, "data": Data, "evaluate": Evaluation, "engine": Engine, "faults": Faults}
+    rest = {key: value for key, value in table.items() if key not in (*known, "method")}
+    for part, kind in known.items():
+        if part in table or part == "data":
+            parts[part] = _part(kind, table.get(part, {}), f"{place}: [{part}]", errors)
+    parts["method"] = _method(table.get("method"), place, errors)
+    if "silo" in rest:
+        _silos(rest["silo"], parts["method"], place, errors)
+    top = {f.name for f in fields(Experiment)}
+    for key in [key for key in rest if key not in top]:
+        errors.append(f"{place}: no setting {key!r} at the top{suggest(key, top)}")
+        del rest[key]
+    stand_ins = {**parts, "data": parts["data"] or Data(source="x", template="{x}", answer="x", silo_column="x")}
+    found = _part(Experiment, {**rest, **{k: v for k, v in stand_ins.items() if v is not None}}, f"{place}:", errors)
+    if errors:
+        raise UserError("\n".join(errors))
+    return found  # type: ignore[no-any-return]
+
+
+def as_table(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as TOML would hold it, every setting written out: `parse` gives it back."""
+    table = _plain(asdict(experiment))
+    table["method"] = {"name": name_of(type(experiment.method)), **table["method"]}
+    return table
+
+
+def name_of(method: type[Any]) -> str:
+    """The name that `find.method` takes."""
+    ours = "fedtailor.methods."
+    return method.__module__.removeprefix(ours) if method.__module__.startswith(ours) else f"{method.__module__}:{method.__name__}"
+
+
+def _plain(value: Any) -> Any:
+    """Without what TOML cannot hold: None is left out, tuples are lists."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _method(table: Any, place: str, errors: list[str]) -> Any:
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+        errors.append(f"{place}: [method] needs a name{suggest('', find.methods())}")
+        return None
+    try:
+        kind = find.method(table["name"])
+    except UserError as error:
+        errors.append(f"{place}: {error}")
+        return None
+    settings = {k: v for k, v in table.items() if k != "name"}
+    method = _part(kind, settings, f"{place}: [method]", errors)
+    if method is not None and hasattr(method, "aggregate"):
+        from fedtailor import aggregate
+
+        try:
+            aggregate.find(method.aggregate)
+        except UserError as error:
+            errors.append(f"{place}: {error}")
+    return method
+
+
+def _silos(table: Any, method: Any, place: str, errors: list[str]) -> None:
+    """[silo.NAME] tables: data settings, or those method settings that one silo may have for itself."""
+    from fedtailor.methods.averaging import per_silo
+
+    own = per_silo(type(method)) if method is not None else frozenset()
+    for name, settings in table.items() if isinstance(table, Mapping) else ():
+        where = f"{place}: [silo.{name}]"
+        for key in [k for k in settings if k not in SILO_FIELDS | own]:
+            if method is not None:
+                errors.append(f"{where} has no setting {key!r}{suggest(key, SILO_FIELDS | own)}")
+        mine = {k: v for k, v in settings.items() if k in own}
+        if method is not None and mine:
+            _part(type(method), {**asdict(method), **mine}, where, errors)
+            for key in {"rank", "virtual_tokens"} & set(mine):
+                if isinstance(mine[key], int) and mine[key] > getattr(method, key):
+                    errors.append(f"{where} {key} = {mine[key]} is above [method] {key} = {getattr(method, key)}: raise that one")
+
+
+def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
+    """A dataclass from a table, its fields as the schema. Errors are appended, one line each; None if there were any."""
+    if not isinstance(values, Mapping):
+        errors.append(f"{where} must be a table, not {values!r}")
+        return None
+    known = {f.name for f in fields(kind)}
+    before = len(errors)
+    for key in [k for k in values if k not in known]:
+        errors.append(f"{where} has no setting {key!r}{suggest(key, known)}")
+    try:
+        made = TypeAdapter(kind).validate_python(
+            {k: v for k, v in values.items() if k in known}
+        )
+    except ValidationError as error:
+        for one in error.errors():
+            place = ".".join(str(p) for p in one["loc"] if not re.match(r"(function|constrained|tagged|literal)", str(p)))
+            told = one["msg"].removeprefix("Value error, ")
+            given = "" if one["type"] in ("missing", "value_error") else f", not {one['input']!r}"
+            errors.append(f"{where} {place}: {told}{given}".replace(" : ", ": "))
+        return None
+    return made if len(errors) == before else None
+
+
+def _set(table: dict[str, Any], text: str) -> None:
+    """`part.key=value` laid over the table; the value as TOML, or as plain text where it is not TOML."""
+    place, equals, value = text.partition("=")
+    if not equals or not place.strip():
+        raise UserError(f"--set {text}: write part.key=value, such as method.lr=0.01")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *parts, key = place.strip().split(".")
+    for part in parts:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {text}: {part} is a value, not a table")
+    table[key] = parsed

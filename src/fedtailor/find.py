@@ -1,0 +1,74 @@
+"""Things found by existing: a module of that name in a package of ours, or the user's "package.module:name"."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedtailor import wire
+from fedtailor.errors import UserError, suggest
+
+
+def names(package: str) -> list[str]:
+    """Modules of a package, by name."""
+    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name[0] != "_")
+
+
+def method(name: str) -> type[Any]:
+    """The method class of `methods/<name>.py`, or of "package.module:Class" (then its package is allowed on the wire).
+
+    A class of ours is the dataclass that the module itself defines and that has a `round`. Raises UserError.
+    """
+    package = "fedtailor.methods"
+    if ":" in name:
+        return _foreign(name, "method.name")  # type: ignore[no-any-return]
+    known = [n for n in names(package) if _class(importlib.import_module(f"{package}.{n}")) is not None]
+    if name not in known:
+        raise UserError(f"method.name = {name!r}: no such method{suggest(name, known)}; or give 'package.module:Class'")
+    found = _class(importlib.import_module(f"{package}.{name}"))
+    assert found is not None
+    return found
+
+
+def methods() -> dict[str, type[Any]]:
+    """All methods that ship, by name."""
+    found = {n: _class(importlib.import_module(f"fedtailor.methods.{n}")) for n in names("fedtailor.methods")}
+    return {n: c for n, c in found.items() if c is not None}
+
+
+def function(module: str, name: str, place: str, known: set[str]) -> Any:
+    """A public function of one of our modules, or of "package.module:function". Raises UserError."""
+    if ":" in name:
+        return _foreign(name, place)
+    if name not in known:
+        raise UserError(f"{place} = {name!r}: no such function{suggest(name, known)}; or give 'package.module:function'")
+    return getattr(importlib.import_module(module), name)
+
+
+def functions(module: Any) -> set[str]:
+    """Public functions that a module itself defines."""
+    return {
+        n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__ and n[0] != "_"
+    }
+
+
+def _class(module: Any) -> type[Any] | None:
+    mine = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    concrete = [c for c in mine if hasattr(c, "round") and not inspect.isabstract(c)]
+    return concrete[0] if concrete else None
+
+
+def _foreign(name: str, place: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a method file beside the experiment, as `python -m` would find it
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{place} = {name!r}: cannot be imported: {error}") from error
+    wire.allow(module)
+    return found

@@ -1,0 +1,309 @@
+"""The template of the gradient family: train locally, send the change, average (FedAvg, McMahan et al. 2017).
+
+A method on it says what is trained (`config`), where it starts (`initial`), and how it is exported. What leaves a silo
+is `Trained`: the change of the trainable tensors, the rows seen, the mean loss. Rows, tokens and optimizer state stay.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedtailor import aggregate, training, wire
+from fedtailor.answering import Answers
+from fedtailor.core import Ask, Method, Silo, in_silo
+from fedtailor.errors import RunError
+from fedtailor.models import Resident
+from fedtailor.tuned import Tensors, Tuned
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Down, once, to one silo: which method. Nothing of the silo's data is read to answer it."""
+
+    method: Averaging
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Up: the trainable tensors before any training, made from the resident base and the seed."""
+
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Train:
+    """Down, each round: the tensors to start from and the learning rate of each local step."""
+
+    method: Averaging
+    tensors: Tensors
+    lrs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Up, each round: what changed. Leaves out rows, tokens, per-row losses and optimizer state."""
+
+    delta: Tensors  # fp32, same names and shapes as asked
+    weight: float  # rows seen this round
+    loss: float  # mean nats per label place while training; lower is better
+
+    def problem(self, asked: Train) -> str | None:
+        """Why this reply must not be averaged in, or None."""
+        if set(self.delta) != set(asked.tensors):
+            odd = sorted(set(self.delta) ^ set(asked.tensors))
+            return f"tensor names differ from those asked, first {odd[0]!r}"
+        for name, like in asked.tensors.items():
+            got = self.delta[name]
+            if got.shape != like.shape or got.dtype != torch.float32:
+                return f"{name} is {got.dtype} {tuple(got.shape)}, asked float32 {tuple(like.shape)}"
+        if (bad := wire.not_finite(self)) is not None:
+            return f"{bad} is not finite"
+        if not 0 < self.weight <= len(asked.lrs) * asked.method.batch_size * asked.method.accumulate * 1024:
+            return f"weight {self.weight} is out of bounds"
+        limit = asked.method.max_delta_norm
+        norm = torch.stack([d.norm() for d in self.delta.values()]).norm().item()
+        if limit is not None and norm > limit:
+            return f"norm {norm:.3g} is above method.max_delta_norm = {limit:.3g}"
+        return None
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's: the tensors, its optimizer's moments ("m/<name>", "v/<name>"), what the last round told."""
+
+    tensors: Tensors
+    moments: Tensors = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)  # goes into the log of rounds
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What is served: the base with these tensors on it."""
+
+    method: Averaging
+    tensors: Tensors
+    labels: int = 0
+
+    def open(self, models: Mapping[str, Any], ask: Ask | None = None) -> Answers:
+        resident = models["base"]
+        return Answers(resident, self.method.put_on(resident, self.labels), self.tensors)
+
+
+@dataclass(frozen=True)
+class Averaging(Method[State], abc.ABC):
+    """Settings shared by all that train by gradients. Rows per silo and round: local_steps * batch_size * accumulate."""
+
+    lr: Positive = 1e-3
+    local_steps: Count = 8
+    batch_size: Count = 8
+    accumulate: Count = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer_state: Literal["reset", "keep"] = "reset"  # a silo's moments: fresh each round, or kept in its memory
+    weight_decay: NotNegative = 0.0
+    clip: NotNegative = 1.0  # of each silo's gradient norm; 0: none
+    prox: NotNegative = 0.0  # FedProx's mu
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # over all rounds
+    warmup_rounds: NotNegative = 0.0
+    aggregate: str = "mean"
+    max_delta_norm: float | None = None  # a reply with a larger one is rejected
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # Reddi et al. 2021
+    server_lr: Positive = 1.0
+    server_momentum: NotNegative = 0.9
+    server_beta2: NotNegative = 0.99
+    server_epsilon: Positive = 1e-3
+
+    @abc.abstractmethod
+    def config(self, resident: Resident) -> Any:
+        """The PEFT config of what is trained; None trains the base's own weights."""
+
+    def initial(self, resident: Resident, tuned: Tuned, seed: int) -> Tensors:
+        """The trainable tensors before training. Same seed, same tensors."""
+        return tuned.tensors()
+
+    @property
+    def dropping(self) -> bool:
+        """Whether what is trained has dropout of its own."""
+        return False
+
+    def put_on(self, resident: Resident, labels: int) -> Tuned:
+        return resident.tuned(self.config(resident), labels if resident.classifier else 0)
+
+    def begin(self, ask: Ask) -> State:
+        # any silo's base gives the same start; the server needs no model of its own
+        for name in ask.silos:
+            for reply in ask(start, Begin(self), to=[name]):
+                return State(reply.body.tensors)
+        raise RunError("no silo could make the first tensors")
+
+    def round(self, state: State, ask: Ask) -> State:
+        body = Train(self, state.tensors, self.lrs(ask.round, ask.rounds))
+        if self.aggregate == "mean":
+            total = ask.total(train, body)
+            weight, summed = total.weight, total.sum
+            delta, loss = {n: d / weight for n, d in summed.delta.items()}, summed.loss / weight
+        else:
+            replies = [reply.body for reply in ask(train, body)]
+            delta = aggregate.find(self.aggregate)([(r.delta, r.weight) for r in replies])
+            loss = sum(r.loss * r.weight for r in replies) / sum(r.weight for r in replies)
+        tensors, moments = self.moved(state, delta)
+        norm = torch.stack([d.norm() for d in delta.values()]).norm().item()
+        return State(tensors, moments, {"train_loss": loss, "delta_norm": norm})
+
+    def serve(self, state: State) -> Adapted:
+        head = state.tensors.get("head.bias")
+        return Adapted(self, state.tensors, 0 if head is None else len(head))
+
+    def pooled(self, silos: int) -> Averaging:
+        """One pooled silo: as many local steps as all silos take, optimizer kept, and no server optimizer on top."""
+        return replace(
+            self, local_steps=self.local_steps * silos, optimizer_state="keep", server_optimizer="none", server_lr=1.0,
+            aggregate="mean",
+        )  # fmt: skip
+
+    def lrs(self, number: int, rounds: int) -> tuple[float, ...]:
+        """The learning rate of each local step of a round (1-based)."""
+        steps = range((number - 1) * self.local_steps, number * self.local_steps)
+        whole = rounds * self.local_steps
+        # a step's factor is taken at its middle, so that a linear schedule neither starts at 0 nor ends there
+        return tuple(
+            self.lr * training.schedule(self.schedule, (step + 0.5) / whole, self.warmup_rounds / rounds) for step in steps
+        )
+
+    def local(self, lrs: tuple[float, ...]) -> training.Local:
+        return training.Local(
+            lrs, self.batch_size, self.accumulate, self.optimizer, self.weight_decay, self.clip, self.prox, self.dropping
+        )
+
+    def moved(self, state: State, delta: Tensors) -> tuple[Tensors, Tensors]:
+        """The server's step with the mean change as its (negative) gradient: Reddi et al. 2021, algorithm 2."""
+        kind, lr = self.server_optimizer, self.server_lr
+        if kind == "none":
+            return {n: t + lr * delta[n] for n, t in state.tensors.items()}, {}
+        tensors, moments = {}, {}
+        for n, t in state.tensors.items():
+            d = delta[n]
+            m = state.moments.get(f"m/{n}", torch.zeros_like(t))
+            if kind == "momentum":  # FedAvgM (Hsu et al. 2019): no damping
+                m = self.server_momentum * m + d
+                tensors[n] = t + lr * m
+            else:
+                v = state.moments.get(f"v/{n}", torch.full_like(t, self.server_epsilon**2))
+                m = self.server_momentum * m + (1 - self.server_momentum) * d
+                gain = (1 - self.server_beta2) * d.square()
+                v = self.server_beta2 * v + gain if kind == "adam" else v - gain * (v - d.square()).sign()
+                tensors[n] = t + lr * m / (v.sqrt() + self.server_epsilon)
+                moments[f"v/{n}"] = v
+            moments[f"m/{n}"] = m
+        return tensors, moments
+
+    def example(self, resident: Resident, labels: int) -> Trained:
+        """A reply as it would leave a silo, zeros for numbers: what `fedtailor check` lists."""
+        tuned = self.put_on(resident, labels)
+        return Trained({n: torch.zeros_like(t) for n, t in tuned.tensors().items()}, 1.0, 0.0)
+
+    def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """A folder that `PeftModel.from_pretrained(base, folder)` loads."""
+        tuned = self.put_on(resident, 0 if "head.bias" not in tensors else len(tensors["head.bias"]))
+        save_adapter(tuned, tensors, folder)
+
+
+def save_adapter(tuned: Tuned, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """PEFT's own format; an encoder's head goes beside it as head.safetensors."""
+    from safetensors.torch import save_file
+
+    parameters = dict(tuned.inner.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in parameters:
+                parameters[name].copy_(tensor)
+    tuned.inner.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+    if tuned.head is not None:
+        save_file({n: tensors[n].contiguous() for n in ("head.weight", "head.bias")}, folder / "head.safetensors")
+
+
+@in_silo(memory=False)
+def start(silo: Silo, body: Begin) -> Initial:
+    resident = silo.models["base"]
+    tuned = body.method.put_on(resident, len(silo.data.labels))
+    return Initial(body.method.initial(resident, tuned, silo.seed))
+
+
+def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failure]:
+    """The cohort step: all silos in one pass. Silos with settings of their own take the plain step."""
+    if any(silo.data.settings for silo in silos) and len(silos) > 1:
+        return [done for silo in silos for done in train_many([silo], body)]
+    resident = silos[0].models["base"]
+    method = replace(body.method, **silos[0].data.settings)
+    tuned = method.put_on(resident, len(silos[0].data.labels))
+    begun = {n: _cut(body.tensors[n], like.shape) for n, like in tuned.tensors().items()} if method != body.method else body.tensors
+    kept = method.optimizer_state == "keep"
+    moments = [silo.memory.get("moments", {}) if kept else {} for silo in silos]
+    lrs = body.lrs if method.local_steps == body.method.local_steps else _stretch(body.lrs, method.local_steps)
+    how = method.local(tuple(lr * method.lr / body.method.lr for lr in lrs))
+    done = training.train(resident, tuned, begun, [(silo.data, silo.seed) for silo in silos], how, moments)
+    replies: list[Trained | wire.Failure] = []
+    for s, silo in enumerate(silos):
+        if (why := done.failed[s]) is not None:
+            replies.append(wire.Failure(why))
+            continue
+        if kept:
+            silo.memory["moments"] = training.moments_of(done, s)
+        delta = {n: _padded(done.tensors[n][s].cpu() - begun[n], t.shape) for n, t in body.tensors.items()}
+        replies.append(Trained(delta, float(len(how.lrs) * how.batch_size * how.accumulate), done.loss[s]))
+    return replies
+
+
+def probe(body: Train) -> Train | None:
+    """One local step, for timing a cohort; None where a cohort cannot stand in for the plain step."""
+    if body.method.dropping:
+        return None
+    return replace(body, method=replace(body.method, local_steps=1), lrs=body.lrs[:1])
+
+
+train_many.probe = probe  # type: ignore[attr-defined]
+
+
+@in_silo(cohort=train_many)
+def train(silo: Silo, body: Train) -> Trained | wire.Failure:
+    return train_many([silo], body)[0]
+
+
+def _cut(t: Tensor, shape: torch.Size) -> Tensor:
+    """The leading corner: a silo of lower rank or fewer virtual tokens trains the first ones."""
+    return t[tuple(slice(n) for n in shape)]
+
+
+def _padded(t: Tensor, shape: torch.Size) -> Tensor:
+    """Back to the asked shape: what the silo does not train, it does not change."""
+    if t.shape == shape:
+        return t
+    whole = torch.zeros(shape)
+    whole[tuple(slice(n) for n in t.shape)] = t
+    return whole
+
+
+def _stretch(lrs: tuple[float, ...], steps: int) -> tuple[float, ...]:
+    """The round's learning rates over another number of steps."""
+    return tuple(lrs[i * len(lrs) // steps] for i in range(steps))
+
+
+LOCAL = frozenset(
+    {"lr", "local_steps", "batch_size", "accumulate", "weight_decay", "clip", "prox", "optimizer", "optimizer_state"}
+)  # settings that [silo.NAME] may set without changing what is averaged
+
+
+def per_silo(method: type[Any]) -> frozenset[str]:
+    """Settings of a method that one silo may override."""
+    return (LOCAL | getattr(method, "PER_SILO", frozenset())) & {f.name for f in fields(method)}

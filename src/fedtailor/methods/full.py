@@ -1,0 +1,37 @@
+"""Full fine-tuning: every weight of the base, averaged (FedAvg). The resident base itself stays untouched.
+
+Weights are trained in fp32 and used in the base's own dtype. Bytes per round are those of the whole model, both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedtailor.methods.averaging import Averaging, Positive
+from fedtailor.models import Resident
+
+
+@dataclass(frozen=True)
+class Full(Averaging):
+    lr: Positive = 5e-5
+
+    def config(self, resident: Resident) -> Any:
+        return None
+
+    def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """A folder that `AutoModelForCausalLM.from_pretrained` (an encoder: `AutoModel`) loads, in fp32 as trained."""
+        from safetensors.torch import save_file
+
+        weights = {n: t for n, t in tensors.items() if not n.startswith("head.")}
+        buffers = {n: t for n, t in resident.module.state_dict().items() if n not in weights}
+        tied = set(getattr(resident.module, "_tied_weights_keys", None) or ())
+        whole = weights | {n: t for n, t in buffers.items() if n not in tied}
+        resident.module.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in whole.items()})
+        resident.tokenizer.save_pretrained(folder)
+        if head := {n: t for n, t in tensors.items() if n.startswith("head.")}:
+            save_file(head, folder / "head.safetensors")

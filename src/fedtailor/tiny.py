@@ -1,0 +1,59 @@
+"""A causal language model of random weights, made in code in milliseconds: for `experiments/tiny.toml` and tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedtailor.tuned import ATTENTION
+
+if TYPE_CHECKING:
+    from fedtailor.models import Resident
+
+
+def tiny(dtype: str = "float32", architecture: str = "llama") -> Resident:
+    """Two layers of width 32 over 259 byte tokens. `architecture`: llama, gpt2 (causal) or bert (encoder)."""
+    from fedtailor.models import resident
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = _module(architecture)
+    module = module.to(getattr(torch, dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return resident(module.to(device), byte_tokenizer(), source="tiny", classifier=architecture == "bert")
+
+
+def _module(architecture: str) -> Any:
+    import transformers as hf
+
+    common: dict[str, Any] = {"vocab_size": 260, "attn_implementation": ATTENTION}
+    marks = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257}
+    if architecture == "gpt2":
+        config: Any = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **common, **marks)
+        return hf.GPT2LMHeadModel(config)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    if architecture == "bert":
+        return hf.BertModel(hf.BertConfig(**sizes, **common, pad_token_id=256, max_position_embeddings=512))
+    config = hf.LlamaConfig(
+        **sizes, **common, **marks, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+def byte_tokenizer() -> Any:
+    """One token per byte, then pad 256, end 257, unknown 258: no files, no vocabulary to train."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    # ByteLevel writes each byte as one printable character; the sorted alphabet of them is the vocabulary
+    vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    marks = ["<pad>", "<end>", "<unk>"]
+    vocabulary |= {mark: 256 + i for i, mark in enumerate(marks)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant:"
+    return fast

@@ -1,0 +1,218 @@
+"""Local training: our own small loop. One silo by the plain step, or S silos in one pass by the cohort step.
+
+Every tensor here has a silo axis in front: (S, ...), S = 1 for one silo. Optimizers are elementwise, so one serves all
+silos; what is not elementwise (gradients, the norm to clip) is computed per silo.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedtailor import progress
+from fedtailor.answering import Encoded, batch, class_batch, encode, encode_classes
+from fedtailor.data import SiloData
+from fedtailor.models import Resident
+from fedtailor.tuned import Batch, Tensors, Tuned, stack
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class Local:
+    """How a silo trains between two exchanges."""
+
+    lrs: tuple[float, ...]  # learning rate of each local step: its length is the number of steps
+    batch_size: int = 8  # rows of one pass
+    accumulate: int = 1  # passes of one optimizer step
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0  # decoupled (Loshchilov & Hutter 2019)
+    clip: float = 1.0  # largest gradient norm of one silo's step; 0: no clipping
+    prox: float = 0.0  # FedProx's mu (Li et al. 2020): pulls towards the round's start
+    dropout: bool = False  # the adapter has dropout: masks from the silo's seed, plain step only
+
+
+@dataclass
+class Progress:
+    """What local training leaves behind, each with a silo axis."""
+
+    tensors: Tensors
+    moments: Tensors  # the optimizer's own state: "step", "m/<name>", "v/<name>"
+    loss: list[float]  # mean nats per label place over the steps, as trained (before each update)
+    places: list[int]
+    failed: list[str | None]  # why this silo's result must not be used
+
+
+def draw(resident: Resident, data: SiloData, how: Local, seed: int) -> list[list[Batch]]:
+    """The batches of all local steps: steps x accumulate, each of `batch_size` rows.
+
+    Rows are drawn without replacement until the silo has no more, then anew. Rows of like length share a batch (little
+    padding); the order of batches is drawn too.
+    """
+    dice = torch.Generator().manual_seed(seed % 2**63)
+    passes = len(how.lrs) * how.accumulate
+    wanted, rows = passes * how.batch_size, data.train
+    order: list[int] = []
+    while len(order) < wanted:
+        order += torch.randperm(len(rows), generator=dice).tolist()
+    chosen = [rows[i] for i in order[:wanted]]
+    pad = int(resident.tokenizer.pad_token_id)
+    make: Callable[[Sequence[Encoded], int], Batch]
+    if resident.classifier:
+        items, make = encode_classes(resident, chosen, data.labels), class_batch
+    else:
+        items, make = encode(resident, chosen, stop=not data.labels), batch
+    items = sorted(items, key=len)
+    batches = [make(items[i : i + how.batch_size], pad) for i in range(0, wanted, how.batch_size)]
+    batches = [batches[i] for i in torch.randperm(passes, generator=dice).tolist()]
+    return [batches[i : i + how.accumulate] for i in range(0, passes, how.accumulate)]
+
+
+def train(
+    resident: Resident,
+    tuned: Tuned,
+    start: Mapping[str, Tensor],
+    silos: Sequence[tuple[SiloData, int]],
+    how: Local,
+    moments: Sequence[Mapping[str, Tensor]],
+) -> Progress:
+    """`len(how.lrs)` steps for each of the silos (rows, seed) from the same start. `moments`: one per silo, may be empty.
+
+    One silo takes the plain step; several take the cohort step. A silo whose loss stops being finite is named in
+    `failed`; the others are not touched by it.
+    """
+    count = len(silos)
+    device = resident.device
+    tensors = {n: t.to(device).expand(count, *t.shape).clone(memory_format=torch.contiguous_format) for n, t in start.items()}
+    anchor = {n: t.to(device) for n, t in start.items()} if how.prox else {}
+    state = _moments(tensors, moments, how)
+    drawn = [draw(resident, data, how, seed) for data, seed in silos]
+    gradient = _plain if count == 1 else _cohort
+    total, places = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
+    failed: list[str | None] = [None] * count
+    with progress.bar("local steps", len(how.lrs)) as advance:
+        for step, lr in enumerate(how.lrs):
+            grads: Tensors = {}
+            nll, seen = torch.zeros(count), torch.zeros(count)
+            for part in range(how.accumulate):
+                one = [batches[step][part] for batches in drawn]
+                seed = silos[0][1] + step * how.accumulate + part if how.dropout else None
+                more, part_nll, part_seen = gradient(tuned, tensors, one, resident, seed)
+                grads = {n: g if n not in grads else grads[n] + g for n, g in more.items()}
+                nll, seen = nll + part_nll, seen + part_seen
+            for s in range(count):
+                if failed[s] is None and not bool(nll[s].isfinite()):
+                    failed[s] = f"the loss became {nll[s].item()} at local step {step + 1}: lower method.lr or method.clip"
+            if all(failed):
+                break
+            total, places = total + nll, places + seen.long()
+            scale = 1 / seen.clamp(min=1).to(device)  # summed over the step's places, then divided: the mean of all passes
+            with torch.no_grad():
+                for n, g in grads.items():
+                    g.mul_(_along(scale, g))
+                    if how.prox:
+                        g.add_(tensors[n] - anchor[n], alpha=how.prox)
+                if how.clip:
+                    _clip(grads, how.clip)
+                _update(tensors, grads, state, lr, how)
+            advance()
+    loss = (total / places.clamp(min=1)).tolist()
+    return Progress(tensors, state, loss, places.tolist(), failed)
+
+
+def _plain(
+    tuned: Tuned, tensors: Tensors, batches: Sequence[Batch], resident: Resident, seed: int | None
+) -> tuple[Tensors, Tensor, Tensor]:
+    """Gradient of one silo's summed loss by ordinary autograd: the reference for the cohort step."""
+    leaves = {n: t[0].detach().requires_grad_() for n, t in tensors.items()}
+    some = batches[0].to(resident.device)
+    if seed is None:
+        nll, seen = tuned.losses(leaves, some)
+        found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
+    else:
+        with tuned.dropping(seed):
+            nll, seen = tuned.losses(leaves, some)
+            found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
+    grads = {n: (torch.zeros_like(t) if g is None else g)[None] for (n, t), g in zip(leaves.items(), found, strict=True)}
+    return grads, nll.detach().cpu()[None], seen.cpu()[None]
+
+
+def _cohort(
+    tuned: Tuned, tensors: Tensors, batches: Sequence[Batch], resident: Resident, seed: int | None
+) -> tuple[Tensors, Tensor, Tensor]:
+    """The same for S silos in one pass over the shared base: `vmap` over stacked tensors and batches."""
+    some = stack(list(batches), int(resident.tokenizer.pad_token_id)).to(resident.device)
+
+    def summed(mine: Tensors, *fields: Tensor) -> tuple[Tensor, Tensor]:
+        return tuned.losses(mine, Batch(*fields))
+
+    each = torch.func.vmap(torch.func.grad_and_value(summed, has_aux=True))
+    fields = [getattr(some, name) for name in Batch.__dataclass_fields__]
+    with sdpa_kernel(SDPBackend.MATH):  # plain matrix products: the fused kernels have no rule for a silo axis
+        grads, (nll, seen) = each(tensors, *fields)
+    return grads, nll.detach().cpu(), seen.cpu()
+
+
+def _along(per_silo: Tensor, like: Tensor) -> Tensor:
+    """(S,) -> (S, 1, ..., 1), to multiply something of shape (S, ...)."""
+    return per_silo.view(-1, *[1] * (like.dim() - 1))
+
+
+def _clip(grads: Tensors, limit: float) -> None:
+    norm = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)  # (S,)
+    factor = (limit / (norm + 1e-6)).clamp(max=1)
+    for g in grads.values():
+        g.mul_(_along(factor, g))
+
+
+def _moments(tensors: Tensors, moments: Sequence[Mapping[str, Tensor]], how: Local) -> Tensors:
+    if how.optimizer == "sgd":
+        return {}
+    device = next(iter(tensors.values())).device
+    names = [f"{kind}/{n}" for kind in "mv" for n in tensors]
+    blank = {f"{kind}/{n}": torch.zeros_like(t[0]) for kind in "mv" for n, t in tensors.items()}
+    steps = [torch.as_tensor(m.get("step", 0.0), dtype=torch.float32) for m in moments]
+    return {"step": torch.stack(steps).to(device)} | {
+        k: torch.stack([m[k].to(device) if k in m else blank[k] for m in moments]) for k in names
+    }
+
+
+def _update(tensors: Tensors, grads: Tensors, state: Tensors, lr: float, how: Local) -> None:
+    """One step of AdamW (Loshchilov & Hutter 2019, as torch.optim.AdamW) or SGD, in place."""
+    if how.optimizer == "adamw":
+        state["step"].add_(1)
+    for n, p in tensors.items():
+        g = grads[n]
+        if how.weight_decay:
+            p.mul_(1 - lr * how.weight_decay)
+        if how.optimizer == "sgd":
+            p.sub_(g, alpha=lr)
+            continue
+        m, v, t = state[f"m/{n}"], state[f"v/{n}"], state["step"]
+        m.lerp_(g, 1 - BETA1)
+        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+        denominator = (v / _along(1 - BETA2**t, v)).sqrt_().add_(EPSILON)
+        p.sub_(m / denominator.mul_(_along(1 - BETA1**t, m)), alpha=lr)
+
+
+def schedule(kind: str, progress: float, warmup: float) -> float:
+    """Factor on the learning rate at `progress` (0..1 of all rounds), after a linear warm-up over the first `warmup`.
+
+    constant: 1; linear: 1 -> 0; cosine: (1 + cos(pi x)) / 2. Runs over rounds: a silo's steps continue where the last
+    round's ended, not from the start.
+    """
+    if progress < warmup:
+        return progress / warmup
+    x = (progress - warmup) / (1 - warmup) if warmup < 1 else 0.0
+    return {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[kind]
+
+
+def moments_of(progress: Progress, s: int) -> dict[str, Any]:
+    """One silo's optimizer state, for its memory."""
+    return {k: t[s].cpu() for k, t in progress.moments.items()}
