@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -34,7 +33,9 @@ class Encoded:
         return len(self.prompt) + len(self.answer)
 
 
-def encode(resident: Resident, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool) -> list[Encoded]:
+def encode(
+    resident: Resident, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool
+) -> list[Encoded]:
     """Token ids of prompt and answer, joined by one space where the prompt does not end in white space.
 
     `stop` ends the answer with the end-of-text token (generation). `answers` replaces the rows' own. The two parts are
@@ -98,7 +99,9 @@ class Answers:
     before: str = ""  # put in front of every prompt: few-shot examples, an instruction
 
     @torch.no_grad()
-    def logprobs(self, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool = True) -> list[tuple[float, int]]:
+    def logprobs(
+        self, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool = True
+    ) -> list[tuple[float, int]]:
         """For each row (log-probability in nats of its answer, number of its tokens); higher is likelier."""
         items = encode(self.resident, self._told(rows), answers, stop=stop)
         found: dict[int, tuple[float, int]] = {}
@@ -133,7 +136,13 @@ class Answers:
 
     @torch.no_grad()
     def generate(
-        self, rows: Sequence[Row], *, max_new_tokens: int = 32, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> list[str]:
         """Text until the end token or `max_new_tokens`; greedy at temperature 0."""
         items = [Encoded(i.prompt, []) for i in encode(self.resident, self._told(rows), [""] * len(rows), stop=False)]
@@ -152,7 +161,9 @@ class Answers:
         item = Encoded(encode(self.resident, self._told([row]), [""], stop=False)[0].prompt, [])
         draw, told, tokens = torch.Generator().manual_seed(seed), "", []
         with torch.no_grad():
-            for step in self._steps(batch([item], self._pad).to(self.resident.device), max_new_tokens, temperature, top_p, draw):
+            for step in self._steps(
+                batch([item], self._pad).to(self.resident.device), max_new_tokens, temperature, top_p, draw
+            ):
                 if step[0] is None:
                     return
                 tokens.append(step[0])
@@ -171,7 +182,10 @@ class Answers:
         return [Row(self.before + row.prompt, row.answer, row.id) for row in rows]
 
     def _class_scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
-        items = [Encoded(i.prompt, [0]) for i in encode_classes(self.resident, [Row(r.prompt, choices[0]) for r in rows], choices)]
+        items = [
+            Encoded(i.prompt, [0])
+            for i in encode_classes(self.resident, [Row(r.prompt, choices[0]) for r in rows], choices)
+        ]
         out = torch.zeros(len(rows), len(choices))
         for chosen in _by_length(items):
             some = class_batch([items[i] for i in chosen], self._pad).to(self.resident.device)
@@ -184,7 +198,7 @@ class Answers:
         rows, width = some.input_ids.shape
         starts = [int(start) for start in (width - some.attention_mask.sum(1))]
         ids = [row[start:] for row, start in zip(some.input_ids.tolist(), starts, strict=True)]
-        shared = min(len(commonprefix(ids)), min(map(len, ids)) - keep)
+        shared = min(_common(ids), min(map(len, ids)) - keep)
         if shared < SHARED or rows == 1:
             return self.tuned.using(self.tensors, some.input_ids, some.attention_mask, some.position_ids, keep)[0]  # type: ignore[no-any-return]
         one = torch.tensor([ids[0][:shared]], device=some.input_ids.device)
@@ -195,7 +209,9 @@ class Answers:
         mask = torch.cat([torch.ones(rows, shared, dtype=torch.long, device=one.device), rest.attention_mask], dim=1)
         return self.tuned.using(self.tensors, rest.input_ids, mask, rest.position_ids + shared, keep, cache)[0]  # type: ignore[no-any-return]
 
-    def _steps(self, some: Batch, count: int, temperature: float, top_p: float, draw: torch.Generator) -> Iterator[list[int | None]]:
+    def _steps(
+        self, some: Batch, count: int, temperature: float, top_p: float, draw: torch.Generator
+    ) -> Iterator[list[int | None]]:
         """One token per row and step; None once a row has ended. Stops when all have."""
         ends = {self.resident.tokenizer.eos_token_id}
         more = self.resident.module.generation_config.eos_token_id
@@ -212,6 +228,12 @@ class Answers:
             ids = torch.tensor(nexts, device=mask.device)[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             places = places[:, -1:] + 1
+
+
+def _common(ids: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with."""
+    low, high = min(ids), max(ids)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, draw: torch.Generator) -> Tensor:

@@ -52,8 +52,10 @@ def few_shot(data: Mapping[str, SiloData], count: int, seed: int) -> Bare:
 
 def pooled(data: Mapping[str, SiloData]) -> dict[str, SiloData]:
     """All silos' rows as those of one."""
-    splits = {split: tuple(row for d in data.values() for row in getattr(d, split)) for split in ("train", "val", "test")}
-    return {POOLED: SiloData(**splits, labels=_labels(data))}
+    train, val, test = (
+        tuple(row for d in data.values() for row in getattr(d, part)) for part in ("train", "val", "test")
+    )
+    return {POOLED: SiloData(train, val, test, _labels(data))}
 
 
 def alone(data: Mapping[str, SiloData], silo: str) -> dict[str, SiloData]:

@@ -18,7 +18,9 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
     """Until an empty line, the end of input, or Ctrl-C. Raises UserError when the folder holds no finished adapter."""
     served_file, file = folder / "adapter" / "served.safetensors", folder / "experiment.toml"
     if not served_file.exists() or not file.exists():
-        raise UserError(f"{folder}: no finished run there (no adapter/served.safetensors); finish it with `fedtailor run --resume {folder}`")
+        raise UserError(
+            f"{folder}: no finished run there (no adapter/served.safetensors); finish it with `fedtailor run --resume {folder}`"
+        )
     table = tomllib.loads(file.read_text(encoding="utf-8"))
     table.pop("command", None)
     experiment = parse(table, str(file))

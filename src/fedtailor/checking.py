@@ -23,7 +23,11 @@ def show(experiment: Experiment, out: Console) -> None:
     fits(resident, loaded.silos)
     table = Table("silo", "train", "val", "test", "dropped", title="rows")
     for name, rows in loaded.silos.items():
-        table.add_row(escape(name), *(str(len(part)) for part in (rows.train, rows.val, rows.test)), str(loaded.dropped.get(name, 0)))
+        table.add_row(
+            escape(name),
+            *(str(len(part)) for part in (rows.train, rows.val, rows.test)),
+            str(loaded.dropped.get(name, 0)),
+        )
     out.print(table)
     method = experiment.method
     if not hasattr(method, "example"):
@@ -43,7 +47,10 @@ def show(experiment: Experiment, out: Console) -> None:
         f"{experiment.rounds} rounds: {size * silos * experiment.rounds:,} bytes up in all",
         highlight=False,
     )
-    out.print("Besides: rows seen, mean loss; at evaluation: sums and counts. No rows, texts or tokens leave.", highlight=False)
+    out.print(
+        "Besides: rows seen, mean loss; at evaluation: sums and counts. No rows, texts or tokens leave.",
+        highlight=False,
+    )
 
 
 def fits(resident: models.Resident, silos: dict[str, SiloData]) -> None:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -68,7 +68,9 @@ def run(
     try:
         result = one.conduct()
     except KeyboardInterrupt:
-        err.print(f"stopped; go on with: fedtailor run --resume {shlex.quote(str(one.folder))}", markup=False, soft_wrap=True)
+        err.print(
+            f"stopped; go on with: fedtailor run --resume {shlex.quote(str(one.folder))}", markup=False, soft_wrap=True
+        )
         raise
     page = report.write(one.folder)
     out.print(report.table(result))
@@ -77,7 +79,9 @@ def run(
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="the experiment, a TOML file")], sets: Set = None, seed: SeedOption = None) -> None:
+def check(
+    file: Annotated[Path, typer.Argument(help="the experiment, a TOML file")], sets: Set = None, seed: SeedOption = None
+) -> None:
     """Validate an experiment with its data and model, and list what will leave each silo. Nothing is trained."""
     from fedtailor import checking, experiment
 
@@ -172,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     _quiet()
     progress.show(
-        progress.Terminal(err) if err.is_terminal else progress.Lines(lambda text: print(text, file=sys.stderr, flush=True))
+        progress.Terminal(err)
+        if err.is_terminal
+        else progress.Lines(lambda text: print(text, file=sys.stderr, flush=True))
     )
     try:
         code = app(given, standalone_mode=False)
@@ -234,5 +240,3 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-
-

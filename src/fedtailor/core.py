@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 Up = TypeVar("Up")
 Down = TypeVar("Down")
@@ -50,24 +50,36 @@ class Total(Generic[Up]):
 
 
 class Ask(Protocol):
-    """All that a method knows of an engine. Replies come in silo order; silos that failed are left out, and counted."""
+    """All that a method knows of an engine. Replies come in silo order; failed ones are left out, and counted."""
 
     silos: tuple[str, ...]  # whom it reaches: this round's sample
     round: int  # 1-based; 0 before the first and after the last
     rounds: int  # how many are planned, for schedules
 
     def __call__(
-        self, work: Callable[[Silo, Down], Up], body: Down, *, to: Sequence[str] | None = None,
+        self,
+        work: Callable[[Silo, Down], Up],
+        body: Down,
+        *,
+        to: Sequence[str] | None = None,
         deadline: float | None = None,  # seconds; replies that come later are ignored
     ) -> Iterator[Reply[Up]]: ...
 
     def total(
-        self, work: Callable[[Silo, Down], Up], body: Down, *, to: Sequence[str] | None = None,
+        self,
+        work: Callable[[Silo, Down], Up],
+        body: Down,
+        *,
+        to: Sequence[str] | None = None,
         deadline: float | None = None,
     ) -> Total[Up]: ...
 
 
-def in_silo(work: Work | None = None, *, cohort: Callable[..., Any] | None = None, memory: bool = True) -> Any:
+@overload
+def in_silo(work: Work) -> Work: ...
+@overload
+def in_silo(*, cohort: Callable[..., Any] | None = None, memory: bool = True) -> Callable[[Work], Work]: ...
+def in_silo(work: Any = None, *, cohort: Callable[..., Any] | None = None, memory: bool = True) -> Any:
     """Mark a module-level `(silo, body) -> up` as allowed next to private data: `grep in_silo` is the privacy audit.
 
     `cohort(silos, body) -> [up]` does many silos in one pass, with equal results up to rounding (1e-5 in fp32). It may

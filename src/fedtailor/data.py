@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -74,7 +74,9 @@ class Data:
         if not self.messages and not self.template:
             raise ValueError('template is missing; write the prompt with {column} fields, such as "{text}"')
         if not self.messages and not rows.columns(self.template):
-            raise ValueError(f"template {self.template!r} has no field, so all prompts would be equal; add a {{column}}")
+            raise ValueError(
+                f"template {self.template!r} has no field, so all prompts would be equal; add a {{column}}"
+            )
         if self.labels and not self.label:
             raise ValueError("labels are for classification; set label to the column that holds them")
         if self.labels and len(set(self.labels)) < max(2, len(self.labels)):
@@ -94,7 +96,9 @@ class Data:
                 raise ValueError("say whose each row is: set silo_column, or partition (iid, dirichlet, label, size)")
             return
         if self.silo_column:
-            raise ValueError(f"partition {self.partition!r} and silo_column both say whose a row is; remove one of them")
+            raise ValueError(
+                f"partition {self.partition!r} and silo_column both say whose a row is; remove one of them"
+            )
         if not self.silos:
             raise ValueError(f"partition {self.partition!r} needs silos, their number")
         if self.partition in ("dirichlet", "label") and not self.label:
@@ -197,7 +201,10 @@ def _members(data: Data, table: Table, split: Callable[[Data, int], str], seed: 
         [json.dumps(row, sort_keys=True, default=str) for row in table.rows],
         [rows.word(data.label, table, index, "label") if data.label else "" for index in every],
         [split(data, index) == "train" for index in every],
-        silos=data.silos, seed=seed, alpha=data.alpha, labels_per_silo=data.labels_per_silo,
+        silos=data.silos,
+        seed=seed,
+        alpha=data.alpha,
+        labels_per_silo=data.labels_per_silo,
     )
 
 

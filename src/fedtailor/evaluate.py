@@ -152,7 +152,8 @@ def _classes(model: Answers, rows: Sequence[Row], labels: Sequence[str]) -> list
     )
     told = scores.argmax(1).tolist() if rows else []
     return [
-        _Scored(length, -scores[i, t].item(), (t, p)) for i, (t, p, length) in enumerate(zip(true, told, lengths, strict=True))
+        _Scored(length, -scores[i, t].item(), (t, p))
+        for i, (t, p, length) in enumerate(zip(true, told, lengths, strict=True))
     ]
 
 
@@ -162,7 +163,15 @@ def _texts(model: Answers, rows: Sequence[Row], body: Evaluate) -> list[_Scored]
         return [_Scored(places, -total) for total, places in likely]
     told = model.generate(rows, max_new_tokens=body.max_new_tokens)
     return [
-        _Scored(places, -total, None, int(text.strip() == row.answer.strip()), rouge_l(text, row.answer), bleu(text, row.answer), True)
+        _Scored(
+            places,
+            -total,
+            None,
+            int(text.strip() == row.answer.strip()),
+            rouge_l(text, row.answer),
+            bleu(text, row.answer),
+            True,
+        )
         for (total, places), text, row in zip(likely, told, rows, strict=True)
     ]
 

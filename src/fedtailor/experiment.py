@@ -59,7 +59,7 @@ class Running(Protocol):
     silos: tuple[str, ...]
     rejected: list[tuple[int, str, str]]
     traffic: Any
-    desks: Mapping[str, Any]
+    desks: dict[str, Any]
 
     def reach(self, number: int, silos: Sequence[str] | None = None, *, disturbed: bool = True) -> Ask: ...
     def commit(self) -> list[str]: ...
@@ -75,7 +75,9 @@ class Report:
     log: list[dict[str, Any]]
 
 
-def run(experiment: Experiment, engine: Running, keep: Generations | None = None, method: Any = None, seed: int = 0) -> Report:
+def run(
+    experiment: Experiment, engine: Running, keep: Generations | None = None, method: Any = None, seed: int = 0
+) -> Report:
     """All rounds of one method over one engine. With `keep`, every round is committed there and a killed run goes on.
 
     Silos are sampled once per round from the seed. The best round is chosen on validation rows; test is not touched.
@@ -84,19 +86,19 @@ def run(experiment: Experiment, engine: Running, keep: Generations | None = None
     kept = None if keep is None else keep.newest()
     if kept is not None:
         generation, memories, best = kept
-        number, state, log = generation.round, generation.state, list(generation.log)
+        done, state, log = generation.round, generation.state, list(generation.log)
         for name, memory in memories.items():
             engine.desks[name].memory = memory
     else:
         began = time.perf_counter()
-        number, best, state = 0, None, method.begin(engine.reach(0, disturbed=False))
+        done, best, state = 0, None, method.begin(engine.reach(0, disturbed=False))
         entry, best = _ended(experiment, engine, method, 0, state, None, began)
         log = [entry]
         _commit(engine, keep, 0, state, best, log)
     with progress.bar("rounds", experiment.rounds) as advance:
-        for _ in range(number):
+        for _ in range(done):
             advance()
-        for number in range(number + 1, experiment.rounds + 1):
+        for number in range(done + 1, experiment.rounds + 1):
             began = time.perf_counter()
             ask = engine.reach(number, sampled(engine.silos, experiment.participation, seed, number))
             state = method.round(state, ask)
@@ -126,7 +128,12 @@ def _ended(
     entry |= dict(getattr(state, "notes", {}))
     if number % experiment.evaluate.every == 0 or number == experiment.rounds:
         name = experiment.evaluate.best_by
-        body = Evaluate(method.serve(state), "val", experiment.evaluate.max_new_tokens, generate=name not in ("loss", "accuracy", "macro_f1"))
+        body = Evaluate(
+            method.serve(state),
+            "val",
+            experiment.evaluate.max_new_tokens,
+            generate=name not in ("loss", "accuracy", "macro_f1"),
+        )
         found = scoring.summary(scoring.ask_all(engine.reach(number, disturbed=False), body))
         entry["evaluation_bytes_up"], entry["evaluation_bytes_down"] = engine.traffic.take()
         entry["val"] = found
@@ -139,7 +146,9 @@ def _ended(
     return entry, best
 
 
-def _commit(engine: Running, keep: Generations | None, number: int, state: Any, best: Best | None, log: list[dict[str, Any]]) -> None:
+def _commit(
+    engine: Running, keep: Generations | None, number: int, state: Any, best: Best | None, log: list[dict[str, Any]]
+) -> None:
     took_part = engine.commit()
     if keep is not None:
         keep.commit(number, state, {name: engine.desks[name].memory for name in took_part}, best, log)
@@ -197,7 +206,7 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
 
 def as_table(experiment: Experiment) -> dict[str, Any]:
     """The experiment as TOML would hold it, every setting written out: `parse` gives it back."""
-    table = _plain(asdict(experiment))
+    table: dict[str, Any] = _plain(asdict(experiment))
     table["method"] = {"name": name_of(type(experiment.method)), **table["method"]}
     return table
 
@@ -205,7 +214,11 @@ def as_table(experiment: Experiment) -> dict[str, Any]:
 def name_of(method: type[Any]) -> str:
     """The name that `find.method` takes."""
     ours = "fedtailor.methods."
-    return method.__module__.removeprefix(ours) if method.__module__.startswith(ours) else f"{method.__module__}:{method.__name__}"
+    return (
+        method.__module__.removeprefix(ours)
+        if method.__module__.startswith(ours)
+        else f"{method.__module__}:{method.__name__}"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -251,7 +264,9 @@ def _silos(table: Any, method: Any, place: str, errors: list[str]) -> None:
             _part(type(method), {**asdict(method), **mine}, where, errors)
             for key in {"rank", "virtual_tokens"} & set(mine):
                 if isinstance(mine[key], int) and mine[key] > getattr(method, key):
-                    errors.append(f"{where} {key} = {mine[key]} is above [method] {key} = {getattr(method, key)}: raise that one")
+                    errors.append(
+                        f"{where} {key} = {mine[key]} is above [method] {key} = {getattr(method, key)}: raise that one"
+                    )
 
 
 def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
@@ -264,12 +279,12 @@ def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
     for key in [k for k in values if k not in known]:
         errors.append(f"{where} has no setting {key!r}{suggest(key, known)}")
     try:
-        made = TypeAdapter(kind).validate_python(
-            {k: v for k, v in values.items() if k in known}
-        )
+        made = TypeAdapter(kind).validate_python({k: v for k, v in values.items() if k in known})
     except ValidationError as error:
         for one in error.errors():
-            place = ".".join(str(p) for p in one["loc"] if not re.match(r"(function|constrained|tagged|literal)", str(p)))
+            place = ".".join(
+                str(p) for p in one["loc"] if not re.match(r"(function|constrained|tagged|literal)", str(p))
+            )
             told = one["msg"].removeprefix("Value error, ")
             given = "" if one["type"] in ("missing", "value_error") else f", not {one['input']!r}"
             errors.append(f"{where} {place}: {told}{given}".replace(" : ", ": "))

@@ -60,6 +60,7 @@ def _changed(reply: Reply[Any], how: Any) -> Reply[Any]:
     new = {
         f.name: {k: how(t) for k, t in getattr(body, f.name).items()}
         for f in fields(body)
-        if isinstance(getattr(body, f.name), dict) and all(isinstance(t, torch.Tensor) for t in getattr(body, f.name).values())
+        if isinstance(getattr(body, f.name), dict)
+        and all(isinstance(t, torch.Tensor) for t in getattr(body, f.name).values())
     }
     return Reply(reply.silo, replace(body, **new))

@@ -224,8 +224,12 @@ def _run(
     command: Sequence[str], env: Mapping[str, str], folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env={**os.environ, "LC_ALL": "C.UTF-8", **env}, cwd=folder,
-        capture_output=True, text=True, errors="replace",
+        command,
+        env={**os.environ, "LC_ALL": "C.UTF-8", **env},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
 
 

@@ -45,7 +45,9 @@ def function(module: str, name: str, place: str, known: set[str]) -> Any:
     if ":" in name:
         return _foreign(name, place)
     if name not in known:
-        raise UserError(f"{place} = {name!r}: no such function{suggest(name, known)}; or give 'package.module:function'")
+        raise UserError(
+            f"{place} = {name!r}: no such function{suggest(name, known)}; or give 'package.module:function'"
+        )
     return getattr(importlib.import_module(module), name)
 
 

@@ -63,7 +63,12 @@ class Generations:
         return found, memories, wire.read_file(self.folder / found.best) if found.best else None
 
     def commit(
-        self, number: int, state: Any, memories: Mapping[str, Mapping[str, Any]], best: Best | None, log: Sequence[dict[str, Any]]
+        self,
+        number: int,
+        state: Any,
+        memories: Mapping[str, Mapping[str, Any]],
+        best: Best | None,
+        log: Sequence[dict[str, Any]],
     ) -> None:
         """`memories`: of the silos that took part since the last commit. Killed at any moment: old or new, never half."""
         self.folder.mkdir(parents=True, exist_ok=True)

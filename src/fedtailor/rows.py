@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fedtailor.errors import UserError, suggest
-from fedtailor.sources import Record, Table
+from fedtailor.sources import Table
 
 if TYPE_CHECKING:
     from fedtailor.data import Data
@@ -90,7 +90,9 @@ def content(data: Data, table: Table, index: int) -> str:
     """What decides a row's split: the values that make the prompt, without the wording around them or the answer."""
     if data.messages:
         return json.dumps(_turns(data, table, index)[:-1], ensure_ascii=False, sort_keys=True)
-    return json.dumps({c: str(value(c, table, index)) for c in columns(data.template)}, ensure_ascii=False, sort_keys=True)
+    return json.dumps(
+        {c: str(value(c, table, index)) for c in columns(data.template)}, ensure_ascii=False, sort_keys=True
+    )
 
 
 def make(data: Data, labels: tuple[str, ...], table: Table, index: int, silo: str) -> Row:
@@ -134,7 +136,9 @@ def _turns(data: Data, table: Table, index: int) -> list[dict[str, str]]:
         try:
             found = json.loads(found)
         except ValueError as error:
-            raise UserError(f"{where} is not valid JSON ({error}); write [{{\"role\": ..., \"content\": ...}}, ...]") from None
+            raise UserError(
+                f'{where} is not valid JSON ({error}); write [{{"role": ..., "content": ...}}, ...]'
+            ) from None
     if not isinstance(found, list) or len(found) < 2:
         raise UserError(f"{where} must be a list of two or more {{role, content}}, the last one the assistant's answer")
     for number, turn in enumerate(found, start=1):

@@ -63,7 +63,11 @@ class Run:
             merged = results[seeds[0]] if len(seeds) == 1 else merge(results)
             result = self._result({**environment, "plan": self.plan}, list(seeds), merged)
             _write_json(self.folder / "result.json", result)
-            if len(seeds) > 1 and (self.folder / f"seed-{seeds[0]}" / "adapter").exists() and not (self.folder / "adapter").exists():
+            if (
+                len(seeds) > 1
+                and (self.folder / f"seed-{seeds[0]}" / "adapter").exists()
+                and not (self.folder / "adapter").exists()
+            ):
                 shutil.copytree(self.folder / f"seed-{seeds[0]}" / "adapter", self.folder / "adapter")
             return result
 
@@ -116,7 +120,7 @@ class Seed:
 
     def conduct(self) -> dict[str, Any]:
         experiment = self.run.experiment
-        found = {}
+        found: dict[str, Any] = {}
         for row in experiment.rows:
             file = self.folder / "rows" / row / "row.json"
             if not file.exists() and row == "zero_shot":
@@ -161,7 +165,9 @@ class Seed:
             "samples": self._samples(served),
         }  # fmt: skip
 
-    def _trained(self, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False) -> dict[str, Any]:
+    def _trained(
+        self, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False
+    ) -> dict[str, Any]:
         """A row that trains over `data` and is tested on every silo's test rows."""
         experiment = self.run.experiment
         engine = self._engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated)
@@ -193,9 +199,19 @@ class Seed:
                 progress.line(f"alone: {silo} ...")
                 _write_json(file, self._trained(folder, baselines.alone(self.data, silo), self.run.experiment.method))
             parts[silo] = json.loads(file.read_text())
-        names = {name for part in parts.values() for name, value in part.items() if isinstance(value, dict) and "mean" in value}
-        everywhere = {silo: {name: part[name]["mean"] for name in names if name in part} for silo, part in parts.items()}
-        own = {silo: {n: part[n]["per_silo"][silo] for n in names if silo in part.get(n, {}).get("per_silo", {})} for silo, part in parts.items()}
+        names = {
+            name
+            for part in parts.values()
+            for name, value in part.items()
+            if isinstance(value, dict) and "mean" in value
+        }
+        everywhere = {
+            silo: {name: part[name]["mean"] for name in names if name in part} for silo, part in parts.items()
+        }
+        own = {
+            silo: {n: part[n]["per_silo"][silo] for n in names if silo in part.get(n, {}).get("per_silo", {})}
+            for silo, part in parts.items()
+        }
         first = next(iter(parts.values()))
         return {
             **scoring.summary(everywhere), "own": scoring.summary(own),
@@ -226,7 +242,9 @@ class Seed:
 
     def _samples(self, served: Any) -> Sequence[dict[str, str]]:
         settings = self.run.experiment.evaluate
-        return baselines.samples(served.open({"base": self.resident}), self.data, settings.samples, settings.max_new_tokens)
+        return baselines.samples(
+            served.open({"base": self.resident}), self.data, settings.samples, settings.max_new_tokens
+        )
 
     def _export(self, method: Any, served: Any) -> None:
         """adapter/, made beside and moved into place."""
@@ -283,7 +301,9 @@ def resume(folder: Path, asked: Experiment | None = None) -> Run:
     if asked is not None and as_table(asked) != as_table(experiment):
         mine, theirs = as_table(asked), as_table(experiment)
         differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-        raise UserError(f"--resume {folder}: holds another experiment (differs in {', '.join(differing)}); leave FILE out, or start anew")
+        raise UserError(
+            f"--resume {folder}: holds another experiment (differs in {', '.join(differing)}); leave FILE out, or start anew"
+        )
     return Run(experiment, folder, command)
 
 
@@ -293,7 +313,9 @@ def merge(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for row in results[seeds[0]]:
         parts = [results[seed][row] for seed in seeds]
-        out[row] = {key: _merged(key, [part[key] for part in parts], seeds) for key in parts[0] if all(key in p for p in parts)}
+        out[row] = {
+            key: _merged(key, [part[key] for part in parts], seeds) for key in parts[0] if all(key in p for p in parts)
+        }
     return out
 
 

@@ -16,9 +16,14 @@ from fedtailor.errors import UserError, suggest
 Record = Mapping[str, Any]
 
 SPLITS = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
 }
 
 
@@ -66,7 +71,9 @@ def _text(path: Path, name: str) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"[data] source {name}: cannot be read ({error.strerror}); check the file's permissions") from None
+        raise UserError(
+            f"[data] source {name}: cannot be read ({error.strerror}); check the file's permissions"
+        ) from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -93,7 +100,9 @@ def _jsonl(path: Path, name: str) -> Table:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{name} line {number}: not valid JSON ({error}); each line must be one JSON object") from None
+            raise UserError(
+                f"{name} line {number}: not valid JSON ({error}); each line must be one JSON object"
+            ) from None
         if not isinstance(row, dict):
             raise UserError(
                 f"{name} line {number}: a {type(row).__name__} where a JSON object is needed; write one "

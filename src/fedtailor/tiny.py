@@ -25,12 +25,13 @@ def tiny(dtype: str = "float32", architecture: str = "llama") -> Resident:
 
 
 def _module(architecture: str) -> Any:
-    import transformers as hf
+    import transformers
 
+    hf: Any = transformers
     common: dict[str, Any] = {"vocab_size": 260, "attn_implementation": ATTENTION}
     marks = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 257}
     if architecture == "gpt2":
-        config: Any = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **common, **marks)
+        config = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **common, **marks)
         return hf.GPT2LMHeadModel(config)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     if architecture == "bert":

@@ -89,7 +89,9 @@ def train(
     """
     count = len(silos)
     device = resident.device
-    tensors = {n: t.to(device).expand(count, *t.shape).clone(memory_format=torch.contiguous_format) for n, t in start.items()}
+    tensors = {
+        n: t.to(device).expand(count, *t.shape).clone(memory_format=torch.contiguous_format) for n, t in start.items()
+    }
     anchor = {n: t.to(device) for n, t in start.items()} if how.prox else {}
     state = _moments(tensors, moments, how)
     drawn = [draw(resident, data, how, seed) for data, seed in silos]
@@ -108,11 +110,15 @@ def train(
                 nll, seen = nll + part_nll, seen + part_seen
             for s in range(count):
                 if failed[s] is None and not bool(nll[s].isfinite()):
-                    failed[s] = f"the loss became {nll[s].item()} at local step {step + 1}: lower method.lr or method.clip"
+                    failed[s] = (
+                        f"the loss became {nll[s].item()} at local step {step + 1}: lower method.lr or method.clip"
+                    )
             if all(failed):
                 break
             total, places = total + nll, places + seen.long()
-            scale = 1 / seen.clamp(min=1).to(device)  # summed over the step's places, then divided: the mean of all passes
+            scale = 1 / seen.clamp(min=1).to(
+                device
+            )  # summed over the step's places, then divided: the mean of all passes
             with torch.no_grad():
                 for n, g in grads.items():
                     g.mul_(_along(scale, g))
@@ -139,7 +145,9 @@ def _plain(
         with tuned.dropping(seed):
             nll, seen = tuned.losses(leaves, some)
             found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
-    grads = {n: (torch.zeros_like(t) if g is None else g)[None] for (n, t), g in zip(leaves.items(), found, strict=True)}
+    grads = {
+        n: (torch.zeros_like(t) if g is None else g)[None] for (n, t), g in zip(leaves.items(), found, strict=True)
+    }
     return grads, nll.detach().cpu()[None], seen.cpu()[None]
 
 

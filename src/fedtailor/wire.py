@@ -66,7 +66,9 @@ def unpack(data: bytes) -> Any:
     except (SafetensorError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise WireError(f"{len(data)} bytes that are no body of ours: {error}") from error
     if message.get("version") != VERSION:
-        raise WireError(f"wire version {message.get('version')}, this side speaks {VERSION}: install the same fedtailor")
+        raise WireError(
+            f"wire version {message.get('version')}, this side speaks {VERSION}: install the same fedtailor"
+        )
     return _decode(message["body"], tensors)
 
 
@@ -206,7 +208,9 @@ def _plus(new: Any, weight: float, old: Any, place: str) -> Any:
     if isinstance(new, Mapping):
         if old is not None and set(new) != set(old):
             raise WireError(f"{place}: silos sent different names")
-        return {key: _plus(item, weight, None if old is None else old[key], f"{place}/{key}") for key, item in new.items()}
+        return {
+            key: _plus(item, weight, None if old is None else old[key], f"{place}/{key}") for key, item in new.items()
+        }
     if isinstance(new, bool) or not isinstance(new, int | float):
         if old is not None and old != new:
             raise WireError(f"{place}: {new!r} cannot be added")

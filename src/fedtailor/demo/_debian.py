@@ -12,11 +12,10 @@ from fedtailor import fetch
 LICENCE = "package descriptions of Debian, each under the licence of its package; not redistributed, fetched by apt"
 
 SECTIONS = frozenset(
-    "admin comm database devel editors education electronics fonts games gnome graphics hamradio kde mail math net "
-    "science sound text utils vcs video web x11".split()
+    ["admin", "comm", "database", "devel", "editors", "education", "electronics", "fonts", "games", "gnome", "graphics", "hamradio", "kde", "mail", "math", "net", "science", "sound", "text", "utils", "vcs", "video", "web", "x11"]
 )
 
-_DEPENDENT = re.compile(r"-(dev|dbg|dbgsym|doc|docs|data|common|examples)(-|$)")
+_DEPENDENT = re.compile(r"-(dev|dbg|dbgsym|doc|docs|data|common|examples)(-\d+)?$|-common-")
 _BOILERPLATE = re.compile(
     r"transitional|dummy|meta-?\s?package|development files|data files|common files|shared librar|locali[sz]ation|"
     r"header files|documentation$|- database",

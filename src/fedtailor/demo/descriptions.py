@@ -12,7 +12,7 @@ DESCRIPTION = "about 8,800 texts of at most 70 words and a one-line synopsis of 
 LICENCE = _debian.LICENCE
 
 SILOS = frozenset(
-    "admin database devel editors electronics games graphics mail math net science sound text utils video web".split()
+    ["admin", "database", "devel", "editors", "electronics", "games", "graphics", "mail", "math", "net", "science", "sound", "text", "utils", "video", "web"]
 )
 MAX_WORDS = 70
 MIN_CHARACTERS = 40
@@ -25,9 +25,16 @@ def build() -> list[dict[str, Any]]:
 def rows(packages: Iterable[_debian.Package]) -> list[dict[str, Any]]:
     """Columns: id, silo, split, input, output, package. Sections of fewer than a hundred packages are left out."""
     return [
-        {"id": p.name, "silo": p.section, "split": split_of(p.name), "input": shortened(p.text), "output": p.synopsis,
-         "package": p.name}
-        for p in packages if p.section in SILOS
+        {
+            "id": p.name,
+            "silo": p.section,
+            "split": split_of(p.name),
+            "input": shortened(p.text),
+            "output": p.synopsis,
+            "package": p.name,
+        }
+        for p in packages
+        if p.section in SILOS
     ]
 
 

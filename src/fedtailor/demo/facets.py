@@ -13,10 +13,7 @@ from fedtailor.demo import _debian, split_of
 DESCRIPTION = "about 3,600 lists of facets and a sentence that says them; 24 silos: Debian's sections"
 LICENCE = _debian.LICENCE
 
-FACETS = (
-    "use field game works-with works-with-format protocol interface uitoolkit implemented-in suite hardware scope sound "
-    "science biology network security admin mail web culture devel system accessibility"
-).split()
+FACETS = ["use", "field", "game", "works-with", "works-with-format", "protocol", "interface", "uitoolkit", "implemented-in", "suite", "hardware", "scope", "sound", "science", "biology", "network", "security", "admin", "mail", "web", "culture", "devel", "system", "accessibility"]
 # These say how a program is made, and little of what it does.
 WEAK = {"interface", "uitoolkit", "implemented-in", "scope", "system", "accessibility"}
 MAX_VALUES = 4
@@ -34,8 +31,15 @@ def rows(packages: Iterable[_debian.Package]) -> list[dict[str, Any]]:
         if {"role::program", "role::app-data"} & set(package.tags) and len(facets.keys() - WEAK) >= 2:
             said = {"name": [package.name], "section": [package.section], **facets}
             text = ", ".join(f"{_plain(key)}[{', '.join(values[:MAX_VALUES])}]" for key, values in said.items())
-            made.append({"id": package.name, "silo": package.section, "split": split_of(package.name), "input": text,
-                         "output": package.synopsis})
+            made.append(
+                {
+                    "id": package.name,
+                    "silo": package.section,
+                    "split": split_of(package.name),
+                    "input": text,
+                    "output": package.synopsis,
+                }
+            )
     return made
 
 

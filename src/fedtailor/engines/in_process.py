@@ -52,7 +52,9 @@ class InProcess:
     rejected: list[tuple[int, str, str]] = field(default_factory=list)  # round, silo, reason
 
     def __post_init__(self) -> None:
-        self.desks = {name: Desk(name, rows, self.models, self.seed) for name, rows in self.data.items()}
+        self.desks: dict[str, Any] = {
+            name: Desk(name, rows, self.models, self.seed) for name, rows in self.data.items()
+        }
         self.silos = tuple(self.desks)
         self._place = (-1, 0)  # round, next ask index
 
@@ -116,7 +118,7 @@ class InProcess:
         return best
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reach:
     """An `Ask`: one engine, one round, the silos it reaches."""
 
@@ -135,7 +137,9 @@ class Reach:
         wire.find_work(request.work)  # before any silo is asked: closures, methods and unmarked functions are refused
         return self._checked(request, body, self.silos if to is None else tuple(to), deadline)
 
-    def total(self, work: Any, body: Any, *, to: Sequence[str] | None = None, deadline: float | None = None) -> Total[Any]:
+    def total(
+        self, work: Any, body: Any, *, to: Sequence[str] | None = None, deadline: float | None = None
+    ) -> Total[Any]:
         summed: Any = None
         names: list[str] = []
         for reply in self(work, body, to=to, deadline=deadline):
@@ -143,16 +147,18 @@ class Reach:
             names.append(reply.silo)
         return Total(summed, summed.weight, tuple(names))
 
-    def _checked(self, request: Request, asked: Any, to: tuple[str, ...], deadline: float | None) -> Iterator[Reply[Any]]:
+    def _checked(
+        self, request: Request, asked: Any, to: tuple[str, ...], deadline: float | None
+    ) -> Iterator[Reply[Any]]:
         """Replies that can be used. Others are rejected by name. Raises RunError when none can."""
         used, why = 0, []
         replies: Iterator[Reply[Any]] = self._arrived(request, to, deadline)
         if self.disturbed:
-            replies = self.engine.faults.inject(replies, seed_of(self.engine.seed, "faults", request.round, request.index))
+            replies = self.engine.faults.inject(
+                replies, seed_of(self.engine.seed, "faults", request.round, request.index)
+            )
         for reply in replies:
-            check = getattr(reply.body, "problem", lambda _: wire.not_finite(reply.body))
-            problem = reply.body.error if isinstance(reply.body, wire.Failure) else check(asked)
-            if problem is not None:
+            if (problem := _problem(reply.body, asked)) is not None:
                 why.append(f"{reply.silo}: {problem}")
                 self.engine.rejected.append((request.round, reply.silo, problem))
                 progress.line(f"round {request.round}: reply of {reply.silo} rejected: {problem}")
@@ -181,3 +187,11 @@ class Reach:
                         engine.rejected.append((request.round, desk.name, f"later than the deadline of {deadline} s"))
                         continue
                     yield Reply(desk.name, wire.unpack(reply))
+
+
+def _problem(body: Any, asked: Any) -> str | None:
+    """Why this body must not be used: the silo failed, or what the body itself checks, or a number that is none."""
+    if isinstance(body, wire.Failure):
+        return body.error
+    found: str | None = body.problem(asked) if hasattr(body, "problem") else wire.not_finite(body)
+    return found

@@ -7,6 +7,7 @@ is `Trained`: the change of the trainable tensors, the rows seen, the mean loss.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from fedtailor import aggregate, training, wire
 from fedtailor.answering import Answers
 from fedtailor.core import Ask, Method, Silo, in_silo
-from fedtailor.errors import RunError
+from fedtailor.errors import RunError, SiloError
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors, Tuned
 
@@ -156,7 +157,7 @@ class Averaging(Method[State], abc.ABC):
         else:
             replies = [reply.body for reply in ask(train, body)]
             delta = aggregate.find(self.aggregate)([(r.delta, r.weight) for r in replies])
-            loss = sum(r.loss * r.weight for r in replies) / sum(r.weight for r in replies)
+            loss = math.fsum(r.loss * r.weight for r in replies) / math.fsum(r.weight for r in replies)
         tensors, moments = self.moved(state, delta)
         norm = torch.stack([d.norm() for d in delta.values()]).norm().item()
         return State(tensors, moments, {"train_loss": loss, "delta_norm": norm})
@@ -178,12 +179,20 @@ class Averaging(Method[State], abc.ABC):
         whole = rounds * self.local_steps
         # a step's factor is taken at its middle, so that a linear schedule neither starts at 0 nor ends there
         return tuple(
-            self.lr * training.schedule(self.schedule, (step + 0.5) / whole, self.warmup_rounds / rounds) for step in steps
+            self.lr * training.schedule(self.schedule, (step + 0.5) / whole, self.warmup_rounds / rounds)
+            for step in steps
         )
 
     def local(self, lrs: tuple[float, ...]) -> training.Local:
         return training.Local(
-            lrs, self.batch_size, self.accumulate, self.optimizer, self.weight_decay, self.clip, self.prox, self.dropping
+            lrs,
+            self.batch_size,
+            self.accumulate,
+            self.optimizer,
+            self.weight_decay,
+            self.clip,
+            self.prox,
+            self.dropping,
         )
 
     def moved(self, state: State, delta: Tensors) -> tuple[Tensors, Tensors]:
@@ -247,7 +256,11 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
     resident = silos[0].models["base"]
     method = replace(body.method, **silos[0].data.settings)
     tuned = method.put_on(resident, len(silos[0].data.labels))
-    begun = {n: _cut(body.tensors[n], like.shape) for n, like in tuned.tensors().items()} if method != body.method else body.tensors
+    begun = (
+        {n: _cut(body.tensors[n], like.shape) for n, like in tuned.tensors().items()}
+        if method != body.method
+        else body.tensors
+    )
     kept = method.optimizer_state == "keep"
     moments = [silo.memory.get("moments", {}) if kept else {} for silo in silos]
     lrs = body.lrs if method.local_steps == body.method.local_steps else _stretch(body.lrs, method.local_steps)
@@ -276,8 +289,11 @@ train_many.probe = probe  # type: ignore[attr-defined]
 
 
 @in_silo(cohort=train_many)
-def train(silo: Silo, body: Train) -> Trained | wire.Failure:
-    return train_many([silo], body)[0]
+def train(silo: Silo, body: Train) -> Trained:
+    (up,) = train_many([silo], body)
+    if isinstance(up, wire.Failure):
+        raise SiloError(up.error)
+    return up
 
 
 def _cut(t: Tensor, shape: torch.Size) -> Tensor:

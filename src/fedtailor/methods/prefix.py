@@ -49,7 +49,9 @@ class Prefix(Averaging):
 
     def initial(self, resident: Resident, tuned: Tuned, seed: int) -> Tensors:
         dice = torch.Generator().manual_seed(seed % 2**63)
-        tensors = {n: 0.02 * torch.randn(t.shape, generator=dice) for n, t in tuned.tensors().items() if n[:5] != "head."}
+        tensors = {
+            n: 0.02 * torch.randn(t.shape, generator=dice) for n, t in tuned.tensors().items() if n[:5] != "head."
+        }
         head = {n: t for n, t in tuned.tensors().items() if n[:5] == "head."}
         if not self.init_text or resident.classifier:
             return tensors | head
@@ -73,7 +75,9 @@ class Prefix(Averaging):
         bare = resident.tuned()
         with torch.no_grad():
             some = torch.tensor([ids], device=resident.device)
-            _, cache = bare.using(None, some, torch.ones_like(some), torch.arange(len(ids), device=some.device)[None], 1)
+            _, cache = bare.using(
+                None, some, torch.ones_like(some), torch.arange(len(ids), device=some.device)[None], 1
+            )
         return prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=len(ids)).float().cpu()
 
     def flat(self, resident: Resident, tensors: Mapping[str, Tensor]) -> tuple[Prefix, Tensors]:
@@ -92,7 +96,9 @@ class Prefix(Averaging):
 
     def __post_init__(self) -> None:
         if self.init_text and not self.init_text.strip():
-            raise ValueError("init_text is only white space; write an instruction, or leave it empty for a random start")
+            raise ValueError(
+                "init_text is only white space; write an instruction, or leave it empty for a random start"
+            )
 
 
 def _too_long(tokens: int, resident: Resident) -> None:

@@ -1,0 +1,377 @@
+"""Sources to rows, on files of a few lines; every message that a user may meet."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from fedtailor.data import Data, Loaded, Row, load
+from fedtailor.errors import UserError
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write(path: Path, rows: Rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def split_rows(silos: Sequence[str] = ("a", "b"), each: int = 4) -> list[dict[str, Any]]:
+    """Per silo `each` training rows, one of valid, one of test; labels alternate."""
+    return [
+        {"text": f"{silo} says {n}", "mood": ("good", "bad")[n % 2], "silo": silo,
+         "split": {each: "valid", each + 1: "test"}.get(n, "train")}
+        for silo in silos for n in range(each + 2)
+    ]
+
+
+def settings_for(source: str, **more: Any) -> Data:
+    given = {"template": "{text}\nMood:", "label": "mood", "silo_column": "silo", **more}
+    return Data(source=source, **given)
+
+
+def problem(data: Data, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        load(data, overrides or {}, 0)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_rows_in_order_with_split_and_label_words(tmp_path: Path) -> None:
+    loaded = load(settings_for(write(tmp_path / "rows.jsonl", split_rows())), {}, 0)
+    a = loaded.silos["a"]
+    assert list(loaded.silos) == ["a", "b"]
+    assert [row.prompt for row in a.train] == [f"a says {n}\nMood:" for n in range(4)]
+    assert [row.answer for row in a.train] == ["good", "bad", "good", "bad"]
+    assert [row.prompt for row in a.val + a.test] == ["a says 4\nMood:", "a says 5\nMood:"]
+    assert a.labels == ("bad", "good")
+    assert loaded.dropped == {"a": 0, "b": 0}
+    assert len(a.train[0].id) == 12 and len({row.id for row in a.train}) == 4
+
+
+def test_generation_keeps_ids_and_trims_answers(tmp_path: Path) -> None:
+    rows = [{**row, "reply": "  yes \n", "id": n} for n, row in enumerate(split_rows())]
+    silo = load(settings_for(write(tmp_path / "r.jsonl", rows), label="", answer="reply"), {}, 0).silos["b"]
+    assert silo.labels == ()
+    assert silo.train[0] == Row(prompt="b says 0\nMood:", answer="yes", id="6")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "folder"])
+def test_other_formats_say_the_same(tmp_path: Path, kind: str) -> None:
+    rows = split_rows()
+    expected = load(settings_for(write(tmp_path / "r.jsonl", rows)), {}, 0)
+    if kind == "csv":
+        lines = ["text,mood,silo,split", *(f'"{r["text"]}",{r["mood"]},{r["silo"]},{r["split"]}' for r in rows)]
+        (tmp_path / "r.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+        source = tmp_path / "r.csv"
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        source = tmp_path / "r.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    else:
+        import datasets
+
+        source = tmp_path / "saved"
+        apart = {s: datasets.Dataset.from_list([{k: v for k, v in r.items() if k != "split"} for r in rows if r["split"] == s])
+                 for s in ("train", "valid", "test")}
+        datasets.DatasetDict(apart).save_to_disk(str(source))
+    assert load(settings_for(str(source)), {}, 0).sha256 == expected.sha256
+
+
+def test_class_numbers_of_a_saved_folder_become_names(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "silo": datasets.Value("string"), "mood": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    rows = [{"text": f"t{n}", "silo": "a", "mood": n % 2} for n in range(40)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "d"))
+    silo = load(settings_for(str(tmp_path / "d")), {}, 0).silos["a"]
+    assert silo.labels == ("no", "yes")
+    assert {(int(row.prompt[1:].split("\n")[0]) % 2, row.answer) for row in silo.train} == {(0, "no"), (1, "yes")}
+
+
+def test_a_number_stands_for_the_word_at_its_place_in_labels(tmp_path: Path) -> None:
+    rows = [{**row, "mood": 0 if row["mood"] == "bad" else 1} for row in split_rows()]
+    silo = load(settings_for(write(tmp_path / "r.jsonl", rows), labels=("bad", "good")), {}, 0).silos["a"]
+    assert [row.answer for row in silo.train] == ["good", "bad", "good", "bad"]
+
+
+def chat(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+
+def test_chat_rows(tmp_path: Path) -> None:
+    rows = [{"talk": chat("Hi", "Hello", f"How {n}?", "Fine "), "silo": "a", "split": s}
+            for n, s in enumerate(["train", "valid", "test"])]
+    rows.append({"talk": json.dumps(chat("As text?", "Yes")), "silo": "a", "split": "train"})  # type: ignore[dict-item]
+    data = Data(source=write(tmp_path / "r.jsonl", rows), messages="talk", silo_column="silo")
+    first, second = load(data, {}, 0).silos["a"].train
+    assert (first.prompt, first.answer) == ("", "Fine")
+    assert [turn["content"] for turn in first.messages] == ["Hi", "Hello", "How 0?"]
+    assert (second.messages, second.answer) == (({"role": "user", "content": "As text?"},), "Yes")
+
+
+def test_template_braces_and_odd_column_names(tmp_path: Path) -> None:
+    rows = [{**row, "a.b": "x"} for row in split_rows()]
+    silo = load(settings_for(write(tmp_path / "r.jsonl", rows), template="{{{a.b}}} {text}"), {}, 0).silos["a"]
+    assert silo.train[0].prompt == "{x} a says 0"
+
+
+def many(silos: int, each: int) -> list[dict[str, Any]]:
+    return [{"text": f"row {n}", "mood": "abc"[n % 3], "silo": f"s{n % silos:04d}"} for n in range(silos * each)]
+
+
+def where(loaded: Loaded) -> dict[str, tuple[str, str]]:
+    return {row.prompt: (name, part) for name, silo in loaded.silos.items() for part in ("train", "val", "test")
+            for row in getattr(silo, part)}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shuffle=st.randoms(use_true_random=False), seed=st.integers(0, 9))
+def test_splits_do_not_depend_on_order_or_seed(tmp_path: Path, shuffle: random.Random, seed: int) -> None:
+    rows = many(3, 40)
+    before = where(load(settings_for(write(tmp_path / "r.jsonl", rows)), {}, 0))
+    shuffle.shuffle(rows)
+    assert where(load(settings_for(write(tmp_path / "r.jsonl", rows)), {}, seed)) == before
+
+
+def test_splits_do_not_depend_on_other_rows_or_the_partition(tmp_path: Path) -> None:
+    whole = where(load(settings_for(write(tmp_path / "r.jsonl", many(3, 60))), {}, 0))
+    half = where(load(settings_for(write(tmp_path / "h.jsonl", many(3, 60)[:90])), {}, 0))
+    assert half.items() <= whole.items()
+    for kind in ("iid", "dirichlet"):
+        data = settings_for(str(tmp_path / "r.jsonl"), silo_column="", partition=kind, silos=5)
+        dealt = where(load(data, {}, 3))
+        assert {prompt: part for prompt, (_, part) in dealt.items()} == {p: part for p, (_, part) in whole.items()}
+    counts = [sum(part == name for _, part in whole.values()) for name in ("train", "val", "test")]
+    assert sum(counts) == 180 and 126 <= counts[0] <= 162
+
+
+def test_equal_prompts_fall_on_one_side(tmp_path: Path) -> None:
+    rows = [{**row, "text": row["text"].split()[1][:1], "extra": n} for n, row in enumerate(many(2, 50))]
+    loaded = load(settings_for(write(tmp_path / "r.jsonl", rows)), {}, 0)
+    for silo in loaded.silos.values():
+        parts = [{row.prompt for row in part} for part in (silo.train, silo.val, silo.test)]
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+def test_a_split_the_column_never_names_is_cut_from_train(tmp_path: Path) -> None:
+    rows = [{**row, "split": "test" if n % 4 == 0 else "train"} for n, row in enumerate(many(2, 60))]
+    silos = load(settings_for(write(tmp_path / "r.jsonl", rows)), {}, 0).silos.values()
+    assert sum(len(silo.test) for silo in silos) == 30
+    assert 3 <= sum(len(silo.val) for silo in silos) <= 18
+
+
+def test_a_thousand_silos_of_twenty_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "r.jsonl", many(1000, 20))
+    by_column = load(settings_for(source), {}, 0)
+    dealt = load(settings_for(source, silo_column="", partition="dirichlet", silos=1000), {}, 0)
+    for loaded in (by_column, dealt):
+        assert len(loaded.silos) == 1000 and len(where(loaded)) == 20_000
+        assert all(silo.train for silo in loaded.silos.values())
+    assert list(dealt.silos)[:2] == ["silo_000", "silo_001"]
+
+
+def test_the_filter_drops_and_counts(tmp_path: Path) -> None:
+    rows = split_rows() + [{"text": "far too long a text", "mood": "bad", "silo": "b", "split": "train"}] * 2
+    loaded = load(settings_for(write(tmp_path / "r.jsonl", rows), max_words=4), {}, 0)
+    assert loaded.dropped == {"a": 0, "b": 2}
+    assert len(loaded.silos["b"].train) == 4
+
+
+def test_the_choice_is_fixed_ordered_and_nested(tmp_path: Path) -> None:
+    rows = split_rows(each=30)
+    data = settings_for(write(tmp_path / "r.jsonl", rows), max_train=10)
+    ten = load(data, {}, 0).silos["a"].train
+    assert len(ten) == 10
+    numbers = [int(row.prompt.split()[2]) for row in ten]
+    assert numbers == sorted(numbers)
+    few = load(settings_for(data.source, max_train=4), {}, 0).silos["a"].train
+    assert set(row.prompt for row in few) <= set(row.prompt for row in ten)
+    assert load(data, {}, 1).silos["a"].train != ten
+    random.Random(0).shuffle(rows)
+    write(tmp_path / "r.jsonl", rows)
+    assert {row.prompt for row in load(data, {}, 0).silos["a"].train} == {row.prompt for row in ten}
+
+
+def test_a_silo_has_its_own_settings(tmp_path: Path) -> None:
+    data = settings_for(write(tmp_path / "r.jsonl", split_rows()))
+    own = {"b": {"template": "[{text}]", "max_train": 2, "rate": 0.5}}
+    loaded = load(data, own, 0)
+    b = loaded.silos["b"]
+    assert len(b.train) == 2 and b.train[0].prompt.startswith("[b says")
+    assert b.settings == {"rate": 0.5} and loaded.silos["a"].settings == {}
+    assert loaded.silos["a"] == load(data, {}, 0).silos["a"]
+
+
+def test_the_hash_is_of_the_rows(tmp_path: Path) -> None:
+    data = settings_for(write(tmp_path / "r.jsonl", split_rows()))
+    assert load(data, {}, 0).sha256 == load(data, {"a": {"rate": 1}}, 5).sha256
+    assert load(data, {}, 0).sha256 != load(data, {"a": {"max_train": 3}}, 0).sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"label": ""}, "exactly one of answer, label and messages, not none"),
+        ({"answer": "x"}, "exactly one of answer, label and messages, not answer and label"),
+        ({"template": ""}, "template is missing"),
+        ({"template": "no field"}, "has no field"),
+        ({"template": "{text"}, "expected '}'"),
+        ({"template": "{text!r}"}, "a name and nothing else"),
+        ({"label": "", "messages": "m"}, "template does not go with messages"),
+        ({"label": "", "answer": "x", "labels": ("a", "b")}, "labels are for classification"),
+        ({"labels": ("a", "a")}, "two or more different words"),
+        ({"silo_column": ""}, "set silo_column, or partition"),
+        ({"silos": 3}, "silos goes with a partition"),
+        ({"partition": "iid", "silos": 3}, "both say whose"),
+        ({"partition": "iid", "silo_column": ""}, "needs silos"),
+        ({"partition": "label", "silo_column": "", "silos": 2, "label": "", "answer": "x"}, "deals by label"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "below 1"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says.replace("{", r"\{").replace("[", r"\[")) as error:
+        settings_for("s.jsonl", **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_the_fields_are_the_schema() -> None:
+    schema = TypeAdapter(Data)
+    read = schema.validate_python(
+        {"source": "s", "template": "{t}", "label": "l", "labels": ["a", "b"], "partition": "iid", "silos": 3}
+    )
+    assert read.labels == ("a", "b")
+    for wrong in ({"silos": 0}, {"partition": "other"}, {"alpha": 0}, {"max_words": -1}, {"val_fraction": 1}):
+        with pytest.raises(ValidationError):
+            schema.validate_python({"source": "s", "template": "{t}", "label": "l", "partition": "iid", "silos": 3, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("gone.jsonl", None, "no such file; looked for"),
+        ("rows.txt", b"x", "unknown format '.txt' (choices: .csv, .jsonl, .parquet"),
+        ("r.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "r.jsonl line 2: byte 0xe9 at offset 31 is not UTF-8"),
+        ("r.jsonl", b'{"text": 1}\n\n{"text": \n', "r.jsonl line 3: not valid JSON"),
+        ("r.jsonl", b"[1]\n", "r.jsonl line 1: a list where a JSON object is needed"),
+        ("r.jsonl", b"\n", "has no rows"),
+        ("r.csv", b"text,mood,silo\na,b\n", "r.csv line 2: fewer fields than the 3 of the header"),
+        ("r.csv", b"text,mood,silo\na,b,c,d\n", "r.csv line 2: more fields than the 3"),
+        ("r.csv", b'text,mood,silo\n"a"b,c,d\n', "r.csv line 2: not valid CSV"),
+        ("r.parquet", b"not parquet", "r.parquet: not a readable parquet file"),
+    ],
+)
+def test_unreadable_sources(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert says in problem(settings_for(str(tmp_path / name)))
+
+
+def test_unknown_sources(tmp_path: Path) -> None:
+    assert "did you mean 'sentiment'?" in problem(settings_for("sentimet"))
+    (tmp_path / "folder").mkdir()
+    assert "not a folder written by datasets.save_to_disk" in problem(settings_for(str(tmp_path / "folder")))
+
+
+def test_a_hub_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no route\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    assert "'who/what': no such file here, and not loaded from the hub (no route)" in problem(settings_for("who/what"))
+
+
+GOOD = split_rows()
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "says"),
+    [
+        ({"label": "mod"}, {}, "[data] label: r.jsonl has no column 'mod'; did you mean 'mood'? (choices: mood, silo,"),
+        ({"template": "{txt}"}, {}, "[data] template: r.jsonl has no column 'txt'; did you mean 'text'?"),
+        ({"silo_column": "owner"}, {}, "[data] silo_column: r.jsonl has no column 'owner'"),
+        ({"split_column": "part"}, {}, "[data] split_column: r.jsonl has no column 'part'"),
+        ({"split_column": "mood"}, {}, "line 1: column 'mood' says 'good', which is no split"),
+        ({"labels": ("good", "poor")}, {}, "line 2 (silo 'a'): label 'bad' is not in labels (choices: good, poor)"),
+        ({"label": "silo", "silo_column": "mood", "max_words": 1}, {}, "all 6 rows have more than 1 words"),
+        ({}, {"c": {}}, "[silo.c]: the data has no silo of this name (choices: a, b)"),
+        ({}, {"a": {"max_words": 2}}, "silo 'a': all 6 rows have more than 2 words; raise max_words"),
+        ({}, {"a": {"source": "x"}}, "[silo.a] source: holds for all silos"),
+        ({}, {"a": {"template": "none"}}, "[silo.a]: template 'none' has no field"),
+        ({}, {"a": {"max_train": "lots"}}, "[silo.a] max_train: Input should be a valid integer"),
+        ({}, {"a": {"template": "{txt}"}}, "[silo.a] template: r.jsonl has no column 'txt'"),
+        ({"silo_column": "", "partition": "iid", "silos": 99}, {}, "99 silos need a training row each, and there are"),
+    ],
+)
+def test_settings_that_do_not_fit_the_rows(
+    tmp_path: Path, changes: dict[str, Any], overrides: dict[str, Any], says: str
+) -> None:
+    assert says in problem(settings_for(write(tmp_path / "r.jsonl", GOOD), **changes), overrides)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"mood": ""}, "line 13: the label (column 'mood') is empty"),
+        ({"mood": None}, "line 13: nothing in column 'mood'"),
+        ({"text": None}, "line 13: nothing in column 'text'"),
+        ({"silo": " "}, "line 13: the silo's name (column 'silo') is empty"),
+        ({"split": "tset"}, "line 13: column 'split' says 'tset', which is no split; did you mean 'test'?"),
+        ({"silo": "c", "split": "test"}, "silo 'c': none of its 1 rows is for training (0 val, 1 test)"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    last = {"text": "x", "mood": "good", "silo": "a", "split": "train", **row}
+    assert says in problem(settings_for(write(tmp_path / "r.jsonl", [*GOOD, last])))
+
+
+def test_an_empty_answer_is_named(tmp_path: Path) -> None:
+    rows = [{**row, "reply": "" if n == 3 else "ok"} for n, row in enumerate(GOOD)]
+    assert "line 4: the answer (column 'reply') is empty" in problem(
+        settings_for(write(tmp_path / "r.jsonl", rows), label="", answer="reply")
+    )
+
+
+def test_one_label_is_none(tmp_path: Path) -> None:
+    rows = [{**row, "mood": "good"} for row in GOOD]
+    assert "has no label but 'good'" in problem(settings_for(write(tmp_path / "r.jsonl", rows)))
+
+
+def test_nobody_has_a_test_row(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in GOOD[:4]]
+    source = write(tmp_path / "r.jsonl", rows)
+    assert "no silo has a row in val" in problem(settings_for(source, val_fraction=0.0001, test_fraction=0))
+    assert load(settings_for(source, val_fraction=0, test_fraction=0), {}, 0).silos["a"].test == ()
+
+
+@pytest.mark.parametrize(
+    ("talk", "says"),
+    [
+        ([], "must be a list of two or more"),
+        ("{", "is not valid JSON"),
+        (chat("Hi"), "must be a list of two or more"),
+        (chat("Hi", "Hello", "Bye"), "the last turn is the user's"),
+        (chat("Hi", " "), "the assistant's answer is empty"),
+        ([{"role": "user"}, {"role": "assistant", "content": "x"}], "turn 1: needs a text under each of role and content"),
+        ([{"role": "usr", "content": "x"}] * 2, "turn 1: role 'usr' is unknown; did you mean 'user'?"),
+    ],
+)
+def test_malformed_messages(tmp_path: Path, talk: Any, says: str) -> None:
+    rows = [{"talk": talk, "silo": "a"}]
+    message = problem(Data(source=write(tmp_path / "r.jsonl", rows), messages="talk", silo_column="silo"))
+    assert "r.jsonl line 1: column 'talk'" in message and says in message
