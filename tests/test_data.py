@@ -55,7 +55,8 @@ def test_rows_in_order_with_split_and_label_words(tmp_path: Path) -> None:
     assert [row.prompt for row in a.val + a.test] == ["a says 4\nMood:", "a says 5\nMood:"]
     assert a.labels == ("bad", "good")
     assert loaded.dropped == {"a": 0, "b": 0}
-    assert len(a.train[0].id) == 12 and len({row.id for row in a.train}) == 4
+    assert [len(row.id) for row in a.train] == [12] * 4
+    assert len({row.id for row in a.train}) == 4
 
 
 def test_generation_keeps_ids_and_trims_answers(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
 def test_chat_rows(tmp_path: Path) -> None:
     rows = [{"talk": chat("Hi", "Hello", f"How {n}?", "Fine "), "silo": "a", "split": s}
             for n, s in enumerate(["train", "valid", "test"])]
-    rows.append({"talk": json.dumps(chat("As text?", "Yes")), "silo": "a", "split": "train"})  # type: ignore[dict-item]
+    rows.append({"talk": json.dumps(chat("As text?", "Yes")), "silo": "a", "split": "train"})
     data = Data(source=write(tmp_path / "r.jsonl", rows), messages="talk", silo_column="silo")
     first, second = load(data, {}, 0).silos["a"].train
     assert (first.prompt, first.answer) == ("", "Fine")
@@ -156,7 +157,8 @@ def test_splits_do_not_depend_on_other_rows_or_the_partition(tmp_path: Path) -> 
         dealt = where(load(data, {}, 3))
         assert {prompt: part for prompt, (_, part) in dealt.items()} == {p: part for p, (_, part) in whole.items()}
     counts = [sum(part == name for _, part in whole.values()) for name in ("train", "val", "test")]
-    assert sum(counts) == 180 and 126 <= counts[0] <= 162
+    assert sum(counts) == 180
+    assert 126 <= counts[0] <= 162
 
 
 def test_equal_prompts_fall_on_one_side(tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_equal_prompts_fall_on_one_side(tmp_path: Path) -> None:
     loaded = load(settings_for(write(tmp_path / "r.jsonl", rows)), {}, 0)
     for silo in loaded.silos.values():
         parts = [{row.prompt for row in part} for part in (silo.train, silo.val, silo.test)]
-        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        assert len(set.union(*parts)) == sum(map(len, parts))
 
 
 def test_a_split_the_column_never_names_is_cut_from_train(tmp_path: Path) -> None:
@@ -179,7 +181,8 @@ def test_a_thousand_silos_of_twenty_rows(tmp_path: Path) -> None:
     by_column = load(settings_for(source), {}, 0)
     dealt = load(settings_for(source, silo_column="", partition="dirichlet", silos=1000), {}, 0)
     for loaded in (by_column, dealt):
-        assert len(loaded.silos) == 1000 and len(where(loaded)) == 20_000
+        assert len(loaded.silos) == 1000
+        assert len(where(loaded)) == 20_000
         assert all(silo.train for silo in loaded.silos.values())
     assert list(dealt.silos)[:2] == ["silo_000", "silo_001"]
 
@@ -199,7 +202,7 @@ def test_the_choice_is_fixed_ordered_and_nested(tmp_path: Path) -> None:
     numbers = [int(row.prompt.split()[2]) for row in ten]
     assert numbers == sorted(numbers)
     few = load(settings_for(data.source, max_train=4), {}, 0).silos["a"].train
-    assert set(row.prompt for row in few) <= set(row.prompt for row in ten)
+    assert {row.prompt for row in few} <= {row.prompt for row in ten}
     assert load(data, {}, 1).silos["a"].train != ten
     random.Random(0).shuffle(rows)
     write(tmp_path / "r.jsonl", rows)
@@ -211,8 +214,10 @@ def test_a_silo_has_its_own_settings(tmp_path: Path) -> None:
     own = {"b": {"template": "[{text}]", "max_train": 2, "rate": 0.5}}
     loaded = load(data, own, 0)
     b = loaded.silos["b"]
-    assert len(b.train) == 2 and b.train[0].prompt.startswith("[b says")
-    assert b.settings == {"rate": 0.5} and loaded.silos["a"].settings == {}
+    assert len(b.train) == 2
+    assert b.train[0].prompt.startswith("[b says")
+    assert b.settings == {"rate": 0.5}
+    assert loaded.silos["a"].settings == {}
     assert loaded.silos["a"] == load(data, {}, 0).silos["a"]
 
 
@@ -264,7 +269,7 @@ def test_the_fields_are_the_schema() -> None:
     [
         ("gone.jsonl", None, "no such file; looked for"),
         ("rows.txt", b"x", "unknown format '.txt' (choices: .csv, .jsonl, .parquet"),
-        ("r.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "r.jsonl line 2: byte 0xe9 at offset 31 is not UTF-8"),
+        ("r.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "r.jsonl line 2: byte 0xe9 at offset 30 is not UTF-8"),
         ("r.jsonl", b'{"text": 1}\n\n{"text": \n', "r.jsonl line 3: not valid JSON"),
         ("r.jsonl", b"[1]\n", "r.jsonl line 1: a list where a JSON object is needed"),
         ("r.jsonl", b"\n", "has no rows"),
@@ -374,4 +379,5 @@ def test_nobody_has_a_test_row(tmp_path: Path) -> None:
 def test_malformed_messages(tmp_path: Path, talk: Any, says: str) -> None:
     rows = [{"talk": talk, "silo": "a"}]
     message = problem(Data(source=write(tmp_path / "r.jsonl", rows), messages="talk", silo_column="silo"))
-    assert "r.jsonl line 1: column 'talk'" in message and says in message
+    assert message.startswith("r.jsonl line 1: column 'talk'")
+    assert says in message

@@ -75,7 +75,7 @@ def _text(path: Path, name: str) -> str:
             f"[data] source {name}: cannot be read ({error.strerror}); check the file's permissions"
         ) from None
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -116,7 +116,8 @@ def _jsonl(path: Path, name: str) -> Table:
 def _csv(path: Path, name: str) -> Table:
     # The default of 131,072 characters a field is less than a long document.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(_text(path, name), newline=""), strict=True)
+    text = _text(path, name)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Record] = []
     lines = []
     try:
@@ -129,7 +130,8 @@ def _csv(path: Path, name: str) -> Table:
             rows.append(row)
             lines.append(reader.line_num)
     except csv.Error as error:
-        raise UserError(f"{name} line {reader.line_num}: not valid CSV ({error}); check the double quotes") from None
+        line = min(reader.line_num + 1, len(text.splitlines()))  # the reader counts a line once it is through
+        raise UserError(f"{name} line {line}: not valid CSV ({error}); check the double quotes") from None
     return _table(name, rows, tuple(lines))
 
 

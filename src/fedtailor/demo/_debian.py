@@ -11,11 +11,13 @@ from fedtailor import fetch
 
 LICENCE = "package descriptions of Debian, each under the licence of its package; not redistributed, fetched by apt"
 
-SECTIONS = frozenset(
-    ["admin", "comm", "database", "devel", "editors", "education", "electronics", "fonts", "games", "gnome", "graphics", "hamradio", "kde", "mail", "math", "net", "science", "sound", "text", "utils", "vcs", "video", "web", "x11"]
-)
+SECTIONS = frozenset({
+    "admin", "comm", "database", "devel", "editors", "education", "electronics", "fonts", "games", "gnome",
+    "graphics", "hamradio", "kde", "mail", "math", "net", "science", "sound", "text", "utils", "vcs", "video", "web",
+    "x11",
+})
 
-_DEPENDENT = re.compile(r"-(dev|dbg|dbgsym|doc|docs|data|common|examples)(-\d+)?$|-common-")
+_DEPENDENT = re.compile(r"-(dev|dbg|dbgsym|doc|docs|data|common|examples)(-\d+)?$")
 _BOILERPLATE = re.compile(
     r"transitional|dummy|meta-?\s?package|development files|data files|common files|shared librar|locali[sz]ation|"
     r"header files|documentation$|- database",

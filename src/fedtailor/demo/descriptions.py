@@ -11,9 +11,10 @@ from fedtailor.demo import _debian, split_of
 DESCRIPTION = "about 8,800 texts of at most 70 words and a one-line synopsis of each; 16 silos: Debian's sections"
 LICENCE = _debian.LICENCE
 
-SILOS = frozenset(
-    ["admin", "database", "devel", "editors", "electronics", "games", "graphics", "mail", "math", "net", "science", "sound", "text", "utils", "video", "web"]
-)
+SILOS = frozenset({
+    "admin", "database", "devel", "editors", "electronics", "games", "graphics", "mail", "math", "net", "science",
+    "sound", "text", "utils", "video", "web",
+})
 MAX_WORDS = 70
 MIN_CHARACTERS = 40
 

@@ -13,7 +13,11 @@ from fedtailor.demo import _debian, split_of
 DESCRIPTION = "about 3,600 lists of facets and a sentence that says them; 24 silos: Debian's sections"
 LICENCE = _debian.LICENCE
 
-FACETS = ["use", "field", "game", "works-with", "works-with-format", "protocol", "interface", "uitoolkit", "implemented-in", "suite", "hardware", "scope", "sound", "science", "biology", "network", "security", "admin", "mail", "web", "culture", "devel", "system", "accessibility"]
+FACETS = (
+    "use", "field", "game", "works-with", "works-with-format", "protocol", "interface", "uitoolkit", "implemented-in",
+    "suite", "hardware", "scope", "sound", "science", "biology", "network", "security", "admin", "mail", "web",
+    "culture", "devel", "system", "accessibility",
+)
 # These say how a program is made, and little of what it does.
 WEAK = {"interface", "uitoolkit", "implemented-in", "scope", "system", "accessibility"}
 MAX_VALUES = 4
