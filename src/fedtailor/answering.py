@@ -34,13 +34,13 @@ class Encoded:
 
 
 def encode(
-    resident: Resident, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool
+    resident: Resident, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool, taken: int = 0
 ) -> list[Encoded]:
     """Token ids of prompt and answer, joined by one space where the prompt does not end in white space.
 
     `stop` ends the answer with the end-of-text token (generation). `answers` replaces the rows' own. The two parts are
     tokenized apart, so the prompt's tokens are the same whatever the answer. Raises SiloError for a row longer than
-    the model's context.
+    the model's context, of which `taken` places are a prefix's.
     """
     prompts = [texts(resident.tokenizer, row.messages) if row.messages else row.prompt for row in rows]
     told = [row.answer for row in rows] if answers is None else answers
@@ -55,10 +55,11 @@ def encode(
         )
     ]
     for row, item in zip(rows, encoded, strict=True):
-        if len(item) > resident.context:
+        if len(item) > resident.context - taken:
+            prefix = f" ({taken} of them virtual tokens)" if taken else ""
             raise SiloError(
                 f"row {row.id or '?'} has {len(item)} tokens ({len(item.answer)} of them answer), the model's context"
-                f" is {resident.context}: shorten it or set data.max_words"
+                f" is {resident.context}{prefix}: shorten it or set data.max_words"
             )
     return encoded
 
@@ -76,9 +77,14 @@ def batch(items: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels)
 
 
-def encode_classes(resident: Resident, rows: Sequence[Row], labels: Sequence[str]) -> list[Encoded]:
-    """For an encoder: the text as its own tokenizer wants it, and the label's index as the only 'answer'."""
-    ids = resident.tokenizer([row.prompt for row in rows], truncation=True, max_length=resident.context).input_ids
+def encode_classes(
+    resident: Resident, rows: Sequence[Row], labels: Sequence[str], taken: int = 0
+) -> list[Encoded]:
+    """For an encoder: the text as its own tokenizer wants it, cut to fit, and the label's index as the only 'answer'."""
+    if not rows:
+        return []
+    room = resident.context - taken
+    ids = resident.tokenizer([row.prompt for row in rows], truncation=True, max_length=room).input_ids
     return [Encoded(text, [labels.index(row.answer)]) for text, row in zip(ids, rows, strict=True)]
 
 
@@ -103,7 +109,7 @@ class Answers:
         self, rows: Sequence[Row], answers: Sequence[str] | None = None, *, stop: bool = True
     ) -> list[tuple[float, int]]:
         """For each row (log-probability in nats of its answer, number of its tokens); higher is likelier."""
-        items = encode(self.resident, self._told(rows), answers, stop=stop)
+        items = self._encoded(self._told(rows), answers, stop=stop)
         found: dict[int, tuple[float, int]] = {}
         for chosen in _by_length(items):
             some = batch([items[i] for i in chosen], self._pad).to(self.resident.device)
@@ -119,8 +125,7 @@ class Answers:
         """(rows, choices) log-probabilities of each choice as the answer, fp32 on the CPU."""
         if self.resident.classifier:
             return self._class_scores(rows, choices)
-        rows = self._told(rows)
-        alternatives = [encode(self.resident, rows, [choice] * len(rows), stop=False) for choice in choices]
+        alternatives = [self._encoded(self._told(rows), [choice] * len(rows)) for choice in choices]
         if any(len(item.answer) != 1 for column in alternatives for item in column):
             flat = [self.logprobs(rows, [choice] * len(rows), stop=False) for choice in choices]
             return torch.tensor([[total for total, _ in column] for column in flat]).T
@@ -145,7 +150,7 @@ class Answers:
         seed: int = 0,
     ) -> list[str]:
         """Text until the end token or `max_new_tokens`; greedy at temperature 0."""
-        items = [Encoded(i.prompt, []) for i in encode(self.resident, self._told(rows), [""] * len(rows), stop=False)]
+        items = [Encoded(i.prompt, []) for i in self._encoded(self._told(rows), [""] * len(rows))]
         draw = torch.Generator().manual_seed(seed)
         texts_: dict[int, str] = {}
         for chosen in _by_length(items, extra=max_new_tokens):
@@ -158,7 +163,7 @@ class Answers:
 
     def stream(self, row: Row, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
         """One answer, piece by piece as it is made: what `fedtailor chat` prints."""
-        item = Encoded(encode(self.resident, self._told([row]), [""], stop=False)[0].prompt, [])
+        item = Encoded(self._encoded(self._told([row]), [""])[0].prompt, [])
         draw, told, tokens = torch.Generator().manual_seed(seed), "", []
         with torch.no_grad():
             for step in self._steps(
@@ -179,12 +184,17 @@ class Answers:
     def _told(self, rows: Sequence[Row]) -> Sequence[Row]:
         if not self.before:
             return rows
-        return [Row(self.before + row.prompt, row.answer, row.id) for row in rows]
+        return [row if row.messages else Row(self.before + row.prompt, row.answer, row.id) for row in rows]
+
+    def _encoded(self, rows: Sequence[Row], answers: Sequence[str] | None, *, stop: bool = False) -> list[Encoded]:
+        return encode(self.resident, rows, answers, stop=stop, taken=self.tuned.shift)
 
     def _class_scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
         items = [
             Encoded(i.prompt, [0])
-            for i in encode_classes(self.resident, [Row(r.prompt, choices[0]) for r in rows], choices)
+            for i in encode_classes(
+                self.resident, [Row(r.prompt, choices[0]) for r in rows], choices, self.tuned.shift
+            )
         ]
         out = torch.zeros(len(rows), len(choices))
         for chosen in _by_length(items):
@@ -212,22 +222,24 @@ class Answers:
     def _steps(
         self, some: Batch, count: int, temperature: float, top_p: float, draw: torch.Generator
     ) -> Iterator[list[int | None]]:
-        """One token per row and step; None once a row has ended. Stops when all have."""
+        """One token per row and step; None once a row has ended, or has filled the context. Stops when all have."""
         ends = {self.resident.tokenizer.eos_token_id}
         more = self.resident.module.generation_config.eos_token_id
         ends |= set(more if isinstance(more, list) else [more])
         ids, mask, places, cache = some.input_ids, some.attention_mask, some.position_ids, None
+        last = self.resident.context - self.tuned.shift - 1  # the last place that the model can read
         over = [False] * ids.shape[0]
         for _ in range(count):
             logits, cache = self.tuned.using(self.tensors, ids, mask, places, 1, cache)
             nexts = _choose(logits[:, -1].float().cpu(), temperature, top_p, draw).tolist()
             over = [done or token in ends for done, token in zip(over, nexts, strict=True)]
             yield [None if done else token for done, token in zip(over, nexts, strict=True)]
+            over = [done or place >= last for done, place in zip(over, places[:, -1].tolist(), strict=True)]
             if all(over):
                 return
             ids = torch.tensor(nexts, device=mask.device)[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            places = places[:, -1:] + 1
+            places = (places[:, -1:] + 1).clamp(max=last)
 
 
 def _common(ids: Sequence[list[int]]) -> int:

@@ -43,7 +43,7 @@ def few_shot(data: Mapping[str, SiloData], count: int, seed: int) -> Bare:
     dice.shuffle(labels)
     examples: list[Row] = []
     for i in range(count):
-        rows = [row for row in data[silos[i % len(silos)]].train if not row.messages]
+        rows = [row for row in data[silos[i % len(silos)]].train if not row.messages and row not in examples]
         wanted = [row for row in rows if not labels or row.answer == labels[i % len(labels)]] or rows
         if wanted:
             examples.append(dice.choice(wanted))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedtailor import models, rows, wire
+from fedtailor import data, models, rows, wire
 from fedtailor.data import Row
 from fedtailor.errors import UserError
 from fedtailor.experiment import parse
@@ -27,6 +27,10 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
     model = wire.read_file(served_file).open({"base": models.load(experiment.model)})
     template = experiment.data.template
     fields = rows.columns(template) if template else ()
+    labels = experiment.data.labels
+    if experiment.data.label and not labels:  # the words were read off the rows
+        loaded = data.load(experiment.data, experiment.silo, experiment.seeds[0])
+        labels = next((silo.labels for silo in loaded.silos.values() if silo.labels), ())
     turns: list[dict[str, str]] = []
     while True:
         values = {}
@@ -36,13 +40,12 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
                 return
             values[field] = line
         if fields:
-            row = Row(template.format(**values), "")
+            row = Row("".join(text + ("" if c is None else values[c]) for text, c in rows.parts(template)), "")
         else:
             turns.append({"role": "user", "content": values["you"]})
             row = Row("", "", messages=tuple(turns))
         answer = ""
-        if model.resident.classifier or experiment.data.labels:
-            labels = experiment.data.labels
+        if labels:
             answer = labels[int(model.scores([row], labels).argmax())]
             out.print(answer, markup=False, highlight=False)
             continue

@@ -20,7 +20,7 @@ def show(experiment: Experiment, out: Console) -> None:
     """Print silos, rows, and per silo the tensors and bytes of a round. Raises UserError for whatever cannot run."""
     loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
     resident = models.load(experiment.model)
-    fits(resident, loaded.silos)
+    fits(resident, loaded.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
     table = Table("silo", "train", "val", "test", "dropped", title="rows")
     for name, rows in loaded.silos.items():
         table.add_row(
@@ -53,16 +53,16 @@ def show(experiment: Experiment, out: Console) -> None:
     )
 
 
-def fits(resident: models.Resident, silos: dict[str, SiloData]) -> None:
-    """Every row fits the model's context. Raises UserError naming the first that does not."""
+def fits(resident: models.Resident, silos: dict[str, SiloData], taken: int = 0) -> None:
+    """Every row fits the model's context beside `taken` virtual tokens. Raises UserError naming the first that does not."""
     for name, rows in silos.items():
         for split in ("train", "val", "test"):
             part = getattr(rows, split)
             # a token is at least one byte: only rows that could be too long are tokenized
-            long = [row for row in part if _bytes(row) >= resident.context]
+            long = [row for row in part if _bytes(row) >= resident.context - taken]
             try:
                 if long and not resident.classifier:
-                    answering.encode(resident, long, stop=True)
+                    answering.encode(resident, long, stop=True, taken=taken)
             except SiloError as error:
                 raise UserError(f"silo {name!r}, {split}: {error}") from error
 

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,16 +32,22 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="part.key=value, ov
 SeedOption = Annotated[int | None, typer.Option("--seed", help="this one seed instead of the file's")]
 
 
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         from fedtailor import __version__
 
         out.print(f"fedtailor {__version__}", highlight=False)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass  # `main` reads --debug itself
 
 
 @app.command()
@@ -74,7 +79,6 @@ def run(
         raise
     page = report.write(one.folder)
     out.print(report.table(result))
-    out.print(escape(report.summary(result)), highlight=False)
     out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -37,7 +37,7 @@ class Silo:
 @dataclass(frozen=True)
 class Reply(Generic[Up]):
     silo: str
-    body: Up  # a body may define `problem(asked) -> str | None`: why this reply must not be used
+    body: Up  # may define `problem(asked) -> str | None`: why this reply must not be used
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Total(Generic[Up]):
     silos: tuple[str, ...]  # who is in the sum
 
 
+Asked = Callable[[Silo, Down], Up]  # an in_silo function
+To = Sequence[str] | None  # None: all that the Ask reaches
+Wait = float | None  # seconds; replies that come later are ignored
+
+
 class Ask(Protocol):
     """All that a method knows of an engine. Replies come in silo order; failed ones are left out, and counted."""
 
@@ -57,22 +62,9 @@ class Ask(Protocol):
     rounds: int  # how many are planned, for schedules
 
     def __call__(
-        self,
-        work: Callable[[Silo, Down], Up],
-        body: Down,
-        *,
-        to: Sequence[str] | None = None,
-        deadline: float | None = None,  # seconds; replies that come later are ignored
+        self, work: Asked[Down, Up], body: Down, *, to: To = None, deadline: Wait = None
     ) -> Iterator[Reply[Up]]: ...
-
-    def total(
-        self,
-        work: Callable[[Silo, Down], Up],
-        body: Down,
-        *,
-        to: Sequence[str] | None = None,
-        deadline: float | None = None,
-    ) -> Total[Up]: ...
+    def total(self, work: Asked[Down, Up], body: Down, *, to: To = None, deadline: Wait = None) -> Total[Up]: ...
 
 
 @overload
@@ -82,13 +74,13 @@ def in_silo(*, cohort: Callable[..., Any] | None = None, memory: bool = True) ->
 def in_silo(work: Any = None, *, cohort: Callable[..., Any] | None = None, memory: bool = True) -> Any:
     """Mark a module-level `(silo, body) -> up` as allowed next to private data: `grep in_silo` is the privacy audit.
 
-    `cohort(silos, body) -> [up]` does many silos in one pass, with equal results up to rounding (1e-5 in fp32). It may
-    have an attribute `probe(body)`: a smaller body for timing, or None where it cannot stand in for `work`.
+    `cohort(silos, body) -> [up]` does many silos in one pass, equal up to rounding (1e-5 in fp32). Its attribute `probe`
+    gives a smaller body for timing, None where it cannot stand in for `work`; or `together`: silos it always takes.
     Without `memory` the work sees an empty one, and leaves none.
     """
 
     def mark(function: Work) -> Work:
-        if "<locals>" in function.__qualname__ or "." in function.__qualname__:
+        if "." in function.__qualname__:  # a method, or a function inside one ("<locals>.")
             raise TypeError(f"in_silo: {function.__qualname__} must be a module-level function, to be found by name")
         function.__in_silo__ = True  # type: ignore[attr-defined]
         function.__cohort__, function.__memory__ = cohort, memory  # type: ignore[attr-defined]
@@ -109,7 +101,6 @@ class Method(Protocol[State]):
     def begin(self, ask: Ask) -> State: ...
     def round(self, state: State, ask: Ask) -> State: ...  # may ask zero, one or many times
     def serve(self, state: State) -> Served: ...
-
     def pooled(self, silos: int) -> Method[State]:
         """This method as one silo doing the work of `silos` of them: the centralized baseline."""
         return self

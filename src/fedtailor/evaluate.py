@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,8 @@ class Evaluation:
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     every: Annotated[int, Field(ge=1)] = 1  # rounds between validations; the last round is always validated
-    best_by: str = "loss"  # the validation metric that chooses the round; on generation only loss is cheap
+    best_by: Literal["loss", "accuracy", "macro_f1", "exact_match", "rouge_l", "bleu"] = "loss"
+    """The validation metric that chooses the round. On generation only loss is cheap."""
     examples: Annotated[int, Field(ge=1)] = 3  # of the few-shot row
     samples: Annotated[int, Field(ge=0)] = 4  # answers shown in the report; in process only
 
@@ -113,6 +114,8 @@ def ask_all(ask: Ask, body: Evaluate, to: Sequence[str] | None = None) -> dict[s
 
 def evaluate_many(silos: Sequence[Silo], body: Evaluate) -> list[Counts]:
     """Many silos in one go: their rows are scored in shared batches, and counted apart."""
+    if any(silo.data.labels != silos[0].data.labels for silo in silos):  # [silo.NAME] may ask another question
+        return [evaluate_many([silo], body)[0] for silo in silos]
     model: Answers = body.served.open(silos[0].models)
     rows = [getattr(silo.data, body.split) for silo in silos]
     together = [row for some in rows for row in some]

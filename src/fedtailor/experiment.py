@@ -39,7 +39,7 @@ class Engine:
 class Experiment:
     """One question: this method, on these silos' rows, beside these baselines."""
 
-    name: str
+    name: str  # of its folder below runs/, too
     data: Data
     method: Any
     model: Base = field(default_factory=Base)
@@ -51,6 +51,13 @@ class Experiment:
     engine: Engine = field(default_factory=Engine)
     faults: Faults = field(default_factory=Faults)
     silo: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # [silo.NAME]: what one silo does differently
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^./\\][^/\\]*", self.name):
+            raise ValueError(f"name {self.name!r} cannot be a folder's: no slashes, and no dot in front")
+        for what, given in (("seeds", self.seeds), ("rows", self.rows)):
+            if not given or len(set(given)) < len(given):
+                raise ValueError(f"{what} must be one or more, all different, not {list(given)}")
 
 
 class Running(Protocol):
@@ -166,7 +173,7 @@ def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Exper
     """The experiment of a file, with `--set part.key=value` laid over it. Raises UserError listing *all* its errors."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file; shipped experiments are in experiments/") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from error
@@ -197,7 +204,11 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
     for key in [key for key in rest if key not in top]:
         errors.append(f"{place}: no setting {key!r} at the top{suggest(key, top)}")
         del rest[key]
-    stand_ins = {**parts, "data": parts["data"] or Data(source="x", template="{x}", answer="x", silo_column="x")}
+    stand_ins = {
+        **parts,
+        "method": parts["method"] or "x",
+        "data": parts["data"] or Data(source="x", template="{x}", answer="x", silo_column="x"),
+    }
     found = _part(Experiment, {**rest, **{k: v for k, v in stand_ins.items() if v is not None}}, f"{place}:", errors)
     if errors:
         raise UserError("\n".join(errors))
@@ -255,6 +266,8 @@ def _silos(table: Any, method: Any, place: str, errors: list[str]) -> None:
 
     own = per_silo(type(method)) if method is not None else frozenset()
     for name, settings in table.items() if isinstance(table, Mapping) else ():
+        if not isinstance(settings, Mapping):
+            continue  # told by the schema
         where = f"{place}: [silo.{name}]"
         for key in [k for k in settings if k not in SILO_FIELDS | own]:
             if method is not None:
@@ -287,7 +300,7 @@ def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
             )
             told = one["msg"].removeprefix("Value error, ")
             given = "" if one["type"] in ("missing", "value_error") else f", not {one['input']!r}"
-            errors.append(f"{where} {place}: {told}{given}".replace(" : ", ": "))
+            errors.append(f"{where} {place}: {told}{given}".replace(": : ", ": ").replace(" : ", ": "))
         return None
     return made if len(errors) == before else None
 

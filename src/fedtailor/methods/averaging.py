@@ -71,6 +71,8 @@ class Trained:
                 return f"{name} is {got.dtype} {tuple(got.shape)}, asked float32 {tuple(like.shape)}"
         if (bad := wire.not_finite(self)) is not None:
             return f"{bad} is not finite"
+        if not math.isfinite(self.loss):
+            return f"loss is {self.loss}"
         if not 0 < self.weight <= len(asked.lrs) * asked.method.batch_size * asked.method.accumulate * 1024:
             return f"weight {self.weight} is out of bounds"
         limit = asked.method.max_delta_norm
@@ -99,7 +101,8 @@ class Adapted:
 
     def open(self, models: Mapping[str, Any], ask: Ask | None = None) -> Answers:
         resident = models["base"]
-        return Answers(resident, self.method.put_on(resident, self.labels), self.tensors)
+        tensors = {name: tensor.to(resident.device) for name, tensor in self.tensors.items()}  # once, not per batch
+        return Answers(resident, self.method.put_on(resident, self.labels), tensors)
 
 
 @dataclass(frozen=True)
@@ -232,14 +235,21 @@ def save_adapter(tuned: Tuned, tensors: Mapping[str, Tensor], folder: Path) -> N
     """PEFT's own format; an encoder's head goes beside it as head.safetensors."""
     from safetensors.torch import save_file
 
-    parameters = dict(tuned.inner.named_parameters())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in parameters:
-                parameters[name].copy_(tensor)
-    tuned.inner.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+    parameters = {name: p for name, p in tuned.inner.named_parameters() if name in tensors}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    _place(parameters, tensors)
+    try:
+        tuned.inner.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+    finally:  # what is on the resident starts the next row: it must not have learnt from this one
+        _place(parameters, before)
     if tuned.head is not None:
         save_file({n: tensors[n].contiguous() for n in ("head.weight", "head.bias")}, folder / "head.safetensors")
+
+
+def _place(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
 
 
 @in_silo(memory=False)

@@ -40,6 +40,10 @@ class Prefix(Averaging):
     def config(self, resident: Resident) -> Any:
         from peft import PrefixTuningConfig
 
+        if self.virtual_tokens >= resident.context:
+            raise UserError(
+                f"[method] virtual_tokens = {self.virtual_tokens} leaves no room in a context of {resident.context} tokens"
+            )
         return PrefixTuningConfig(
             task_type="FEATURE_EXTRACTION" if resident.classifier else "CAUSAL_LM",
             num_virtual_tokens=self.virtual_tokens,
@@ -99,8 +103,3 @@ class Prefix(Averaging):
             raise ValueError(
                 "init_text is only white space; write an instruction, or leave it empty for a random start"
             )
-
-
-def _too_long(tokens: int, resident: Resident) -> None:
-    if tokens >= resident.context:
-        raise UserError(f"[method] virtual_tokens = {tokens} leaves no room in a context of {resident.context} tokens")
