@@ -97,9 +97,10 @@ def rows(i: int) -> tuple[Any, ...]:
     from fedtailor.data import Row
 
     dice = random.Random(i)
-    words = "the a film was very good bad long short and but not quite story actor light music scene slow fine".split()
+    words = ["the", "film", "was", "very", "good", "bad", "long", "and", "but", "not", "story", "music", "scene", "slow"]
     texts = [" ".join(dice.choices(words, k=dice.randint(10, 50))) for _ in range(ROWS)]
-    return tuple(Row(f"{text}\nSentiment:", dice.choice(["negative", "neutral", "positive"]), str(n)) for n, text in enumerate(texts))
+    labels = ["negative", "neutral", "positive"]
+    return tuple(Row(f"{text}\nSentiment:", dice.choice(labels), str(n)) for n, text in enumerate(texts))
 
 
 def drawn(resident: Any, method: Any, data: Any) -> list[Any]:
@@ -139,7 +140,8 @@ class Bare:
             logits = self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep, use_cache=False
             ).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100)
+            told, wanted = logits[:, :-1].flatten(0, 1).float(), batch.labels.flatten()
+            loss = torch.nn.functional.cross_entropy(told, wanted, ignore_index=-100)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -3,7 +3,6 @@
     @in_silo
     def count(silo: Silo, body: Words) -> Counts:             # the only code that runs next to private rows
         return Counts(sum(body.word in row.prompt for row in silo.data.train))
-
     class Counting(Method):
         def round(self, state, ask):
             return state + sum(reply.body.n for reply in ask(count, Words("fever")))
