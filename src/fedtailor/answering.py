@@ -77,9 +77,7 @@ def batch(items: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels)
 
 
-def encode_classes(
-    resident: Resident, rows: Sequence[Row], labels: Sequence[str], taken: int = 0
-) -> list[Encoded]:
+def encode_classes(resident: Resident, rows: Sequence[Row], labels: Sequence[str], taken: int = 0) -> list[Encoded]:
     """For an encoder: the text as its own tokenizer wants it, cut to fit, and the label's index as the only 'answer'."""
     if not rows:
         return []
@@ -192,9 +190,7 @@ class Answers:
     def _class_scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
         items = [
             Encoded(i.prompt, [0])
-            for i in encode_classes(
-                self.resident, [Row(r.prompt, choices[0]) for r in rows], choices, self.tuned.shift
-            )
+            for i in encode_classes(self.resident, [Row(r.prompt, choices[0]) for r in rows], choices, self.tuned.shift)
         ]
         out = torch.zeros(len(rows), len(choices))
         for chosen in _by_length(items):

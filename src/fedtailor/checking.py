@@ -20,7 +20,10 @@ def show(experiment: Experiment, out: Console) -> None:
     """Print silos, rows, and per silo the tensors and bytes of a round. Raises UserError for whatever cannot run."""
     loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
     resident = models.load(experiment.model)
-    fits(resident, loaded.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
+    method = experiment.method
+    # first: whether the method fits the model at all
+    body = method.example(resident, len(_labels(loaded.silos))) if hasattr(method, "example") else None
+    fits(resident, loaded.silos, taken=getattr(method, "virtual_tokens", 0))
     table = Table("silo", "train", "val", "test", "dropped", title="rows")
     for name, rows in loaded.silos.items():
         table.add_row(
@@ -29,11 +32,9 @@ def show(experiment: Experiment, out: Console) -> None:
             str(loaded.dropped.get(name, 0)),
         )
     out.print(table)
-    method = experiment.method
-    if not hasattr(method, "example"):
+    if body is None:
         out.print(f"{type(method).__name__} does not say what leaves a silo", highlight=False)
         return
-    body = method.example(resident, len(next(iter(loaded.silos.values())).labels))
     leaving = wire.leaving(body)
     table = Table("tensor", "shape", "dtype", title="leaves each silo, each round")
     for tensor, shape, dtype in leaving:
@@ -51,6 +52,10 @@ def show(experiment: Experiment, out: Console) -> None:
         "Besides: rows seen, mean loss; at evaluation: sums and counts. No rows, texts or tokens leave.",
         highlight=False,
     )
+
+
+def _labels(silos: dict[str, SiloData]) -> tuple[str, ...]:
+    return next((rows.labels for rows in silos.values() if rows.labels), ())
 
 
 def fits(resident: models.Resident, silos: dict[str, SiloData], taken: int = 0) -> None:

@@ -305,7 +305,12 @@ def resume(folder: Path, asked: Experiment | None = None) -> Run:
     file = folder / "experiment.toml"
     if not file.exists():
         raise UserError(f"--resume {folder}: no run there (no experiment.toml); start one with `fedtailor run FILE`")
-    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--resume {folder}: {file.name} is damaged ({error}); start anew with `fedtailor run FILE`"
+        ) from error
     command = table.pop("command", "")
     experiment = parse(table, str(file))
     if asked is not None and as_table(asked) != as_table(experiment):
@@ -332,15 +337,16 @@ def merge(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 def _merged(key: str, values: list[Any], seeds: Sequence[int]) -> Any:
     if isinstance(values[0], dict) and "mean" in values[0]:
         means = [value["mean"] for value in values]
-        silos = values[0]["per_silo"]
+        held = [value["per_silo"] for value in values]  # a partition may leave a silo without test rows under some seed
         return {
             "mean": statistics.fmean(means), "spread": statistics.stdev(means),
             "worst": statistics.fmean(value["worst"] for value in values),
-            "per_silo": {silo: statistics.fmean(value["per_silo"][silo] for value in values) for silo in silos},
+            "per_silo": {s: statistics.fmean(by[s] for by in held if s in by) for one in held for s in one},
             "by_seed": {str(seed): mean for seed, mean in zip(seeds, means, strict=True)},
         }  # fmt: skip
     if key == "own":
-        return {name: _merged(name, [value[name] for value in values], seeds) for name in values[0]}
+        shared = [name for name in values[0] if all(name in value for value in values)]
+        return {name: _merged(name, [value[name] for value in values], seeds) for name in shared}
     if key == "rejected":
         return {why: sum(value.get(why, 0) for value in values) for value in values for why in value}
     if key == "peak_memory_mb":

@@ -1,0 +1,121 @@
+"""What all tests share: no network, one thread, tiny models of random weights, silos of made-up rows."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtailor.data import Row, SiloData
+from fedtailor.models import Resident
+from fedtailor.tiny import tiny
+
+LABELS = ("bad", "good")
+_tiny = cache(tiny)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums in one order. Put back before each test too: a run settles its own number of threads."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def resident_of() -> Callable[[str], Resident]:
+    """llama, gpt2 or bert in fp32, made once: what a test puts on it, the next one takes off."""
+    return lambda architecture: _tiny("float32", architecture)
+
+
+@pytest.fixture
+def llama(resident_of: Callable[[str], Resident]) -> Resident:
+    return resident_of("llama")
+
+
+@pytest.fixture
+def gpt2(resident_of: Callable[[str], Resident]) -> Resident:
+    return resident_of("gpt2")
+
+
+@pytest.fixture
+def bert(resident_of: Callable[[str], Resident]) -> Resident:
+    return resident_of("bert")
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def causal(request: pytest.FixtureRequest, resident_of: Callable[[str], Resident]) -> Resident:
+    return resident_of(request.param)
+
+
+@pytest.fixture(params=["llama", "gpt2", "bert"])
+def any_resident(request: pytest.FixtureRequest, resident_of: Callable[[str], Resident]) -> Resident:
+    return resident_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def plain(resident_of: Callable[[str], Resident], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """The same weights as others load them: saved, and read anew by transformers with its default attention."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    @cache
+    def saved(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        resident = resident_of(architecture)
+        resident.tuned()  # nothing on it
+        resident.module.save_pretrained(folder)
+        return folder
+
+    def load(architecture: str) -> Any:
+        kind: Any = AutoModel if architecture == "bert" else AutoModelForCausalLM
+        module = kind.from_pretrained(saved(architecture), dtype=torch.float32).eval()
+        assert module.config._attn_implementation == "sdpa"
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def rated() -> dict[str, SiloData]:
+    """Classification: three silos whose rows differ in length, within a silo and between them."""
+    return {
+        name: SiloData(
+            train=tuple(_rated(subject, i, longer) for i in range(6)),
+            val=tuple(_rated(subject, i, longer) for i in range(6, 9)),
+            test=tuple(_rated(subject, i, longer) for i in range(9, 12)),
+            labels=LABELS,
+        )
+        for name, subject, longer in (("cafe", "tea", 1), ("shop", "a parcel", 2), ("zoo", "the old bear", 3))
+    }
+
+
+@pytest.fixture(scope="session")
+def written() -> dict[str, SiloData]:
+    """Generation: three silos, answers of several lengths."""
+    return {
+        name: SiloData(
+            train=tuple(_written(subject, i) for i in range(6)),
+            val=tuple(_written(subject, i) for i in range(6, 8)),
+            test=tuple(_written(subject, i) for i in range(8, 10)),
+        )
+        for name, subject in (("cafe", "tea"), ("shop", "a parcel"), ("zoo", "the old bear"))
+    }
+
+
+def _rated(subject: str, i: int, longer: int) -> Row:
+    words = ("cold", "kind", "slow", "bright")
+    text = " and ".join(words[(i + k) % 4] for k in range(1 + i % 3 * longer))
+    return Row(f"{subject} {i} was {text}:", LABELS[i % 2], f"{subject}-{i}")
+
+
+def _written(subject: str, i: int) -> Row:
+    return Row(f"Say {i} times {subject}:", " ".join([subject] * (1 + i % 3)), f"{subject}-{i}")

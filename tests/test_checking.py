@@ -1,0 +1,151 @@
+"""What `check` and `methods` print: rows, and every tensor and byte that would leave a silo."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtailor import find, wire
+from fedtailor.checking import fits, list_methods, show
+from fedtailor.data import Row, SiloData
+from fedtailor.engines.in_process import InProcess
+from fedtailor.errors import UserError
+from fedtailor.experiment import Experiment, load, parse
+from fedtailor.methods.averaging import Train, train
+from fedtailor.models import Base, Resident
+from fedtailor.models import load as load_model
+
+TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
+
+
+def printed(what: Any, *args: Any) -> str:
+    out = Console(file=io.StringIO(), width=200)
+    what(*args, out)
+    text: str = out.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def words(line: str) -> list[str]:
+    return line.replace("│", " ").replace("┃", " ").split()
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    return load(TINY)
+
+
+def test_rows_of_every_silo(experiment: Experiment) -> None:
+    from fedtailor import data
+
+    lines = [words(line) for line in printed(show, experiment).splitlines()]
+    for name, rows in data.load(experiment.data, {}, 0).silos.items():
+        assert [name, *(str(len(part)) for part in (rows.train, rows.val, rows.test)), "0"] in lines
+
+
+@pytest.mark.parametrize("method", ["prefix", "lora", "full"])
+def test_tensors_and_bytes_are_those_that_a_round_sends(method: str) -> None:
+    from fedtailor import data
+
+    experiment = load(TINY, ["method.local_steps=1", f"method.name={method}"] if method == "prefix" else [])
+    experiment = replace(experiment, method=find.method(method)(local_steps=1, batch_size=2), participation=0.5)
+    text = printed(show, experiment)
+    resident = load_model(experiment.model)
+    silos = data.load(experiment.data, {}, 0).silos
+    sent: list[bytes] = []
+    engine = InProcess(silos, {"base": resident}, record=lambda _, way, body: sent.append(body) if way == "up" else None)
+    state = experiment.method.begin(engine.reach(0))
+    sent.clear()
+    list(engine.reach(1)(train, Train(experiment.method, state.tensors, (0.01,)), to=list(silos)[:1]))
+    names = {word for line in text.splitlines() for word in words(line)}
+    for name, shape, dtype in wire.leaving(wire.unpack(sent[0])):
+        assert name in names
+        assert any(words(line) == [name, *" x ".join(map(str, shape)).split(), dtype] for line in text.splitlines())
+    size, count = wire_size(experiment, resident)
+    assert abs(size - len(sent[0])) < 64  # its numbers have more digits than zeros have
+    half = max(1, round(len(silos) / 2))
+    assert f"{count:,} numbers, {size:,} bytes up per silo and round; {half} of {len(silos)} silos a round" in text
+    assert f"{experiment.rounds} rounds: {size * half * experiment.rounds:,} bytes up in all" in text
+
+
+def wire_size(experiment: Experiment, resident: Resident) -> tuple[int, int]:
+    body = experiment.method.example(resident, 2)
+    return len(wire.pack(body)), sum(t.numel() for t in body.delta.values())
+
+
+def test_rows_too_long_are_found_before_a_run(causal: Resident) -> None:
+    good, long = Row("p", "a", "1"), Row("p" * 600, "a", "row-77")
+    fits(causal, {"fine": SiloData((good,), (good,), (good,))})
+    for split in ("train", "val", "test"):
+        parts = {"train": (good,), "val": (), "test": (), split: (good, long)}
+        with pytest.raises(UserError, match=rf"silo 'far', {split}: row row-77 has 603 tokens") as error:
+            fits(causal, {"fine": SiloData((good,), (), ()), "far": SiloData(**parts)})
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_virtual_tokens_take_their_places(causal: Resident, over: int) -> None:
+    row = Row("p" * (512 - 3 - 10 + over), "a", "row-77")  # " a" and the end; 10 virtual tokens
+    silos = {"far": SiloData((row,), (), ())}
+    fits(causal, silos)
+    if over:
+        with pytest.raises(UserError, match="10 of them virtual tokens"):
+            fits(causal, silos, taken=10)
+    else:
+        fits(causal, silos, taken=10)
+
+
+def test_chat_rows_are_measured_with_their_template(causal: Resident) -> None:
+    def chat(size: int) -> dict[str, SiloData]:
+        turns = ({"role": "user", "content": "p" * size},)
+        return {"far": SiloData((Row("", "a", "row-77", turns),), (), ())}
+
+    around = len("user: \nassistant:") + 3
+    fits(causal, chat(512 - around))
+    with pytest.raises(UserError, match="row-77 has 513 tokens"):
+        fits(causal, chat(513 - around))
+
+
+def test_an_encoder_cuts_instead(bert: Resident) -> None:
+    fits(bert, {"far": SiloData((Row("p" * 900, "a"),), (), ())})
+
+
+def test_check_refuses_a_prefix_without_room(tmp_path: Path) -> None:
+    experiment = load(TINY, ["method.virtual_tokens=600"])
+    with pytest.raises(UserError, match="virtual_tokens = 600 leaves no room"):
+        show(experiment, Console(file=io.StringIO()))
+
+
+def test_check_says_who_has_the_long_row(tmp_path: Path) -> None:
+    rows = [{"x": f"{i} short", "y": "z", "who": "one" if i % 2 else "two"} for i in range(40)]
+    rows[0]["x"] = "long " * 200
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table: Mapping[str, Any] = {
+        "name": "long", "model": {"name": "tiny", "dtype": "float32"}, "method": {"name": "lora"},
+        "data": {"source": str(tmp_path / "rows.jsonl"), "template": "{x}", "answer": "y", "silo_column": "who"},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"silo 'two', \w+: row \w+ has 10\d\d tokens"):
+        show(parse(table, "here"), Console(file=io.StringIO()))
+
+
+def test_an_unknown_model_is_told_before_anything_else(experiment: Experiment) -> None:
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        show(replace(experiment, model=Base("tinny")), Console(file=io.StringIO()))
+
+
+def test_methods_are_listed_with_what_is_their_own() -> None:
+    text = printed(list_methods)
+    for name in find.methods():
+        assert name in text
+    assert "virtual_tokens = 16" in text
+    assert "rank = 8" in text
+    assert "lr = 0.01" in text, "prefix has a default of its own"
+    table, _, shared = text.partition("Settings of all of them: ")
+    assert "server_optimizer = 'none'" in shared
+    assert "server_optimizer" not in table

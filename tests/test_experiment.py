@@ -1,0 +1,406 @@
+"""An experiment file: its schema, all its errors together, what is laid over it; and the loop over rounds."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtailor import wire
+from fedtailor.core import Silo, in_silo
+from fedtailor.data import Data, SiloData
+from fedtailor.engines.in_process import InProcess
+from fedtailor.errors import UserError
+from fedtailor.evaluate import Evaluation
+from fedtailor.experiment import Experiment, as_table, load, name_of, parse, run, sampled
+from fedtailor.faults import Faults
+from fedtailor.generations import Generations
+from fedtailor.methods.lora import Lora
+from fedtailor.methods.prefix import Prefix
+from fedtailor.models import Resident
+
+wire.allow(__name__)
+TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
+
+GOOD = {
+    "name": "good",
+    "data": {"source": "rows.csv", "template": "{text}", "label": "mood", "silo_column": "site"},
+    "method": {"name": "lora", "rank": 4},
+}
+
+
+def errors(table: dict[str, Any]) -> list[str]:
+    with pytest.raises(UserError) as told:
+        parse(table, "x.toml")
+    lines = str(told.value).splitlines()
+    assert all(line.startswith("x.toml: ") for line in lines), lines
+    return [line.removeprefix("x.toml: ") for line in lines]
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    return {**GOOD, **parts}
+
+
+def test_a_good_table_becomes_an_experiment() -> None:
+    found = parse(GOOD, "x.toml")
+    assert isinstance(found.method, Lora)
+    assert (found.method.rank, found.data.label, found.name) == (4, "mood", "good")
+    assert (found.rounds, found.participation, found.seeds) == (4, 1.0, (0,))
+    assert found.rows == ("zero_shot", "few_shot", "alone", "federated", "centralized")
+    assert found.model.name == "smollm2-135m"
+
+
+def test_all_errors_of_a_file_are_told_together() -> None:
+    told = errors(
+        {
+            "name": "bad",
+            "rouns": 3,
+            "participation": 2.0,
+            "data": {"source": "x", "template": "{t}", "answer": "a", "label": "b", "silo_column": "s"},
+            "model": {"dtype": "int8"},
+            "method": {"name": "lora", "rnak": 4, "lr": -1.0, "optimizer": "adam"},
+            "evaluate": {"every": 0},
+            "engine": {"cohort": "some"},
+            "faults": {"dropout": 1.5},
+            "silo": {"north": {"rakn": 2}},
+        }
+    )
+    begins = [
+        "[model] dtype: ", "[data]: set exactly one of answer, label and messages, not answer and label",
+        "[evaluate] every: ", "[engine] cohort", "[faults] dropout: ", "[method] has no setting 'rnak'; did you mean 'rank'?",
+        "[method] lr: ", "[method] optimizer: ", "no setting 'rouns' at the top; did you mean 'rounds'?", "participation: ",
+    ]  # fmt: skip
+    for begin in begins:
+        assert any(line.startswith(begin) for line in told), (begin, told)
+    assert not any("Field required" in line for line in told), "what is there, though wrong, is not missing"
+
+
+ONE_EACH = {
+    "a misspelt method": (
+        changed(method={"name": "loar"}),
+        "method.name = 'loar': no such method; did you mean 'lora'? (choices: full, ",
+    ),
+    "no method": ({k: v for k, v in GOOD.items() if k != "method"}, "[method] needs a name (choices: full, "),
+    "a method without a name": (changed(method={"rank": 3}), "[method] needs a name (choices: full, "),
+    "a method that is a text": (changed(method="lora"), "[method] needs a name"),
+    "a misspelt setting": (
+        changed(method={"name": "prefix", "virtual_token": 3}),
+        "[method] has no setting 'virtual_token'; did you mean 'virtual_tokens'? (choices: accumulate, ",
+    ),
+    "a misspelt aggregator": (
+        changed(method={"name": "lora", "aggregate": "medain"}),
+        "method.aggregate = 'medain': no such function; did you mean 'median'?",
+    ),
+    "a wrong type": (
+        changed(method={"name": "lora", "local_steps": "many"}),
+        "[method] local_steps: Input should be a valid integer, unable to parse string as an integer, not 'many'",
+    ),
+    "out of range": (changed(rounds=0), "rounds: Input should be greater than or equal to 1, not 0"),
+    "a setting's own check": (
+        changed(method={"name": "prefix", "init_text": "  "}),
+        "[method]: init_text is only white space",
+    ),
+    "a choice that is none": (
+        changed(method={"name": "lora", "schedule": "step"}),
+        "[method] schedule: Input should be 'constant', 'linear' or 'cosine', not 'step'",
+    ),
+    "an unknown row": (changed(rows=["federate"]), "rows.0: Input should be 'zero_shot', "),
+    "no rows": (changed(rows=[]), "rows must be one or more, all different, not []"),
+    "no seeds": (changed(seeds=[]), "seeds must be one or more, all different, not []"),
+    "a seed twice": (changed(seeds=[1, 2, 1]), "seeds must be one or more, all different, not [1, 2, 1]"),
+    "a name that leads elsewhere": (changed(name="../up"), "name '../up' cannot be a folder's"),
+    "no name": (changed(name=""), "name '' cannot be a folder's"),
+    "no data": ({k: v for k, v in GOOD.items() if k != "data"}, "[data] source: Field required"),
+    "data that is a text": (changed(data="rows.csv"), "[data] must be a table, not 'rows.csv'"),
+    "two of answer and label": (
+        changed(data={**GOOD["data"], "answer": "a"}),  # type: ignore[dict-item]
+        "[data]: set exactly one of answer, label and messages, not answer and label",
+    ),
+    "an unknown silo setting": (
+        changed(silo={"north": {"ranks": 2}}),
+        "[silo.north] has no setting 'ranks'; did you mean 'rank'? (choices: accumulate, answer, ",
+    ),
+    "a setting that no silo may have for itself": (
+        changed(silo={"north": {"server_lr": 2.0}}),
+        "[silo.north] has no setting 'server_lr'",
+    ),
+    "a silo's setting out of range": (
+        changed(silo={"north": {"lr": -1}}),
+        "[silo.north] lr: Input should be greater than 0, not -1",
+    ),
+    "a silo's rank above the method's": (
+        changed(silo={"north": {"rank": 5}}),
+        "[silo.north] rank = 5 is above [method] rank = 4: raise that one",
+    ),
+    "a silo that is a number": (changed(silo={"north": 5}), "silo.north: Input should be a valid dictionary, not 5"),
+    "silos that are a number": (changed(silo=5), "silo: Input should be a valid dictionary, not 5"),
+    "an unknown part": (
+        changed(enginge={}),
+        "no setting 'enginge' at the top; did you mean 'engine'? (choices: data, ",
+    ),
+    "a metric that is none": (changed(evaluate={"best_by": "acuracy"}), "[evaluate] best_by: "),
+    "a limit that none can meet": (
+        changed(method={"name": "lora", "max_delta_norm": -1.0}),
+        "[method] max_delta_norm: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("table", "said"), ONE_EACH.values(), ids=ONE_EACH.keys())
+def test_each_error_is_one_line_with_place_value_and_choices(table: dict[str, Any], said: str) -> None:
+    told = errors(table)
+    assert len(told) == 1, told
+    assert told[0].startswith(said), told[0]
+
+
+def test_a_silo_may_have_settings_of_its_own() -> None:
+    found = parse(changed(silo={"north": {"rank": 2, "lr": 0.1, "template": "{note}"}}), "x.toml")
+    assert found.silo == {"north": {"rank": 2, "lr": 0.1, "template": "{note}"}}
+
+
+def test_a_file_is_read_with_its_name_and_its_data_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = load(TINY)
+    assert found.name == "tiny"
+    assert Path(found.data.source) == TINY.with_name("tiny.jsonl")
+    assert found.method == Prefix(virtual_tokens=4, local_steps=2, batch_size=2)
+
+
+def test_what_is_laid_over_a_file() -> None:
+    sets = [
+        "rounds=7", "method.lr = 0.5", "method.init_text=Say it", "seeds=[3, 4]", "engine.cohort=auto",
+        "silo.shop.virtual_tokens=2", "data.template={text} =", "name=other", "method.projection=true",
+    ]  # fmt: skip
+    found = load(TINY, sets)
+    assert (found.rounds, found.seeds, found.name, found.engine.cohort) == (7, (3, 4), "other", "auto")
+    assert (found.method.lr, found.method.init_text, found.method.projection) == (0.5, "Say it", True)
+    assert found.silo == {"shop": {"virtual_tokens": 2}}
+    assert found.data.template == "{text} ="
+
+
+def test_a_later_value_and_the_seed_asked_win() -> None:
+    found = load(TINY, ["rounds=7", "rounds=8", "seeds=[3, 4]"], seed=9)
+    assert (found.rounds, found.seeds) == (8, (9,))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rounds", "--set rounds: write part.key=value"),
+        ("=5", "--set =5: write part.key=value"),
+        ("rounds.x=5", "--set rounds.x=5: rounds is a value, not a table"),
+        ("data.source.x=5", "source is a value, not a table"),
+    ],
+)
+def test_what_cannot_be_laid_over(text: str, said: str) -> None:
+    with pytest.raises(UserError) as told:
+        load(TINY, [text])
+    assert said in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no such file"), (b"rounds = = 3", "not readable as TOML"), (b"name = '\xff'", "not readable as TOML")],
+)
+def test_a_file_that_is_none(tmp_path: Path, content: bytes | None, said: str) -> None:
+    file = tmp_path / "some.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError) as told:
+        load(file)
+    assert str(told.value).startswith(f"{file}: ")
+    assert said in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        ["rounds=3", "seeds=[1,2]", "rows=['alone','federated']", "participation=0.5", "faults.nan=['shop']"],
+        ["silo.shop.virtual_tokens=2", "engine.cohort=3", "data.max_words=50", "method.max_delta_norm=2.5"],
+        ['method.init_text=a"b\\nc', "data.labels=['good','bad']", "model.revision=main"],
+        ["method={name='lora', targets=['q_proj'], rank=3}", "silo.shop={rank=2, template='{text}!'}"],
+    ],
+)
+def test_what_is_written_out_reads_back_as_the_same(sets: list[str]) -> None:
+    found = load(TINY, sets)
+    table = as_table(found)
+    assert parse(tomllib.loads(tomli_w.dumps(table)), "back") == found
+    assert as_table(parse(table, "back")) == table
+
+
+def test_a_method_is_named_as_it_is_found() -> None:
+    assert name_of(Prefix) == "prefix"
+    assert name_of(Counter) == f"{__name__}:Counter"
+
+
+SILOS = tuple(f"s{i}" for i in range(10))
+
+
+@given(st.integers(1, 40), st.floats(0.001, 1.0), st.integers(0, 5), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_a_sample_is_seeded_in_silo_order_and_never_empty(count: int, share: float, seed: int, number: int) -> None:
+    silos = [f"s{i}" for i in range(count)]
+    found = sampled(silos, share, seed, number)
+    assert len(found) == max(1, round(share * count))
+    assert list(found) == [silo for silo in silos if silo in found]
+    assert found == sampled(silos, share, seed, number)
+
+
+def test_samples_differ_by_round_and_seed_and_reach_everyone() -> None:
+    rounds = [sampled(SILOS, 0.3, 0, number) for number in range(1, 31)]
+    assert len(set(rounds)) > 10
+    assert {silo for found in rounds for silo in found} == set(SILOS)
+    assert rounds != [sampled(SILOS, 0.3, 1, number) for number in range(1, 31)]
+    assert sampled(SILOS, 1.0, 0, 1) == SILOS
+
+
+# The loop, over a method that only counts: what is sampled, committed, chosen and gone on with.
+
+
+@dataclass(frozen=True)
+class Asked:
+    number: int
+
+
+@dataclass(frozen=True)
+class Told:
+    times: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Count:
+    asked: int = 0
+    seeds: tuple[int, ...] = ()
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts how often each silo was asked, in its memory; opens as the plain base."""
+
+    fail_at: int = 0
+
+    def begin(self, ask: Any) -> Count:
+        return Count()
+
+    def round(self, state: Count, ask: Any) -> Count:
+        if ask.round == self.fail_at:
+            raise KeyboardInterrupt
+        told = [reply.body for reply in ask(times, Asked(ask.round))]
+        return Count(
+            state.asked + len(told), (*state.seeds, *(t.seed for t in told)), {"most": max(t.times for t in told)}
+        )
+
+    def serve(self, state: Count) -> Any:
+        from fedtailor.baselines import Bare
+
+        return Bare(before="x" * state.asked)
+
+
+@in_silo
+def times(silo: Silo, body: Asked) -> Told:
+    silo.memory["times"] = silo.memory.get("times", 0) + 1
+    return Told(silo.memory["times"], silo.seed)
+
+
+def counting(rounds: int = 4, **more: Any) -> Experiment:
+    data = Data(source="x", template="{x}", label="y", silo_column="z")
+    return Experiment("counting", data, Counter(), rounds=rounds, **more)
+
+
+@pytest.fixture
+def engine(rated: dict[str, SiloData], llama: Resident) -> Callable[..., InProcess]:
+    return lambda **more: InProcess(rated, {"base": llama}, rounds=4, **more)
+
+
+def test_every_round_asks_its_sample_and_is_logged(engine: Callable[..., InProcess]) -> None:
+    report = run(counting(participation=0.67), one := engine())
+    assert [entry["round"] for entry in report.log] == [0, 1, 2, 3, 4]
+    assert [entry.get("silos") for entry in report.log] == [None] + [
+        list(sampled(one.silos, 0.67, 0, number)) for number in range(1, 5)
+    ]
+    asked = [silo for entry in report.log[1:] for silo in entry["silos"]]
+    assert {name: desk.memory.get("times", 0) for name, desk in one.desks.items()} == {
+        name: asked.count(name) for name in one.silos
+    }
+    assert report.log[4]["most"] == max(map(asked.count, one.silos))
+    assert all(set(entry["val"]) == {"accuracy", "loss", "macro_f1"} for entry in report.log)
+    assert report.log[0]["bytes_up"] == 0, "this method asks nothing to begin"
+    assert all(entry["bytes_up"] > 0 and entry["evaluation_bytes_up"] > 0 for entry in report.log[1:])
+
+
+def test_the_best_round_is_the_one_that_validated_best(engine: Callable[..., InProcess]) -> None:
+    report = run(counting(), engine())
+    losses = [entry["val"]["loss"]["mean"] for entry in report.log]
+    assert report.best_round == losses.index(min(losses))
+    assert report.state.asked == 3 * report.best_round
+    by_accuracy = run(counting(evaluate=Evaluation(best_by="accuracy")), engine())
+    accuracies = [entry["val"]["accuracy"]["mean"] for entry in by_accuracy.log]
+    assert by_accuracy.best_round == accuracies.index(max(accuracies))
+
+
+def test_validation_may_be_seldom_and_the_last_round_always_has_it(engine: Callable[..., InProcess]) -> None:
+    report = run(counting(evaluate=Evaluation(every=3)), engine())
+    assert [entry["round"] for entry in report.log if "val" in entry] == [0, 3, 4]
+
+
+def test_test_rows_are_not_touched(rated: dict[str, SiloData], llama: Resident) -> None:
+    without = {name: replace(rows, test=()) for name, rows in rated.items()}
+    one = run(counting(), InProcess(rated, {"base": llama}, rounds=4))
+    other = run(counting(), InProcess(without, {"base": llama}, rounds=4))
+    assert (one.state, one.best_round) == (other.state, other.best_round)
+    assert [entry["val"] for entry in one.log] == [entry["val"] for entry in other.log]
+
+
+def test_without_validation_rows_the_last_round_is_served(rated: dict[str, SiloData], llama: Resident) -> None:
+    without = {name: replace(rows, val=()) for name, rows in rated.items()}
+    report = run(counting(), InProcess(without, {"base": llama}, rounds=4))
+    assert (report.best_round, report.state.asked) == (4, 12)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(engine: Callable[..., InProcess], tmp_path: Path) -> None:
+    whole = run(counting(), engine(), Generations(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        run(counting(), engine(), Generations(tmp_path / "cut"), Counter(fail_at=3))
+    kept = Generations(tmp_path / "cut").newest()
+    assert kept is not None
+    assert kept[0].round == 2
+    rest = run(counting(), one := engine(), Generations(tmp_path / "cut"))
+    assert (rest.state, rest.best_round) == (whole.state, whole.best_round)
+    assert {name: desk.memory for name, desk in one.desks.items()} == {name: {"times": 4} for name in one.silos}
+    assert [entry["val"] for entry in rest.log] == [entry["val"] for entry in whole.log]
+
+
+def test_a_finished_run_asks_nothing_more(engine: Callable[..., InProcess], tmp_path: Path) -> None:
+    done = run(counting(), engine(), Generations(tmp_path))
+    again = run(counting(), one := engine(), Generations(tmp_path))
+    assert again.state == done.state
+    assert one.traffic.take() == (0, 0)
+
+
+def test_rejections_are_logged_by_silo_and_evaluation_is_not_disturbed(engine: Callable[..., InProcess]) -> None:
+    method = Lora(local_steps=1, batch_size=2, rank=2)
+    report = run(replace(counting(rounds=2), method=method), engine(faults=Faults(nan=("shop",))))
+    assert report.log[0]["rejected"] == {}
+    for entry in report.log[1:]:
+        assert list(entry["rejected"]) == ["shop"]
+        assert "not finite" in entry["rejected"]["shop"]
+        assert len(entry["val"]["loss"]["per_silo"]) == 3
+    assert all(bool(t.isfinite().all()) for t in report.state.tensors.values())
+    assert any(not torch.equal(t, torch.zeros_like(t)) for n, t in report.state.tensors.items() if "lora_B" in n)
