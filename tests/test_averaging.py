@@ -323,10 +323,11 @@ def test_settings_of_one_silo_are_settings_of_the_method(name: str) -> None:
 
 def test_what_check_lists_is_what_a_silo_sends(any_resident: Resident, rated: Silos) -> None:
     for method in METHODS.values():
-        sent = train(silos_of(any_resident, rated)[0], asked(any_resident, rated, replace(method, local_steps=1)))
-        listed = method.example(any_resident, 2)
+        small = replace(method, local_steps=1)
+        sent = train(silos_of(any_resident, rated)[0], asked(any_resident, rated, small))
+        listed = small.example(any_resident, 2)
         assert wire.leaving(listed) == wire.leaving(sent)
-        assert abs(len(wire.pack(listed)) - len(wire.pack(sent))) < 64  # numbers of more or fewer digits
+        assert abs(len(wire.pack(listed)) - len(wire.pack(sent))) <= 8  # a digit more or less of the loss, padded
 
 
 def test_an_export_leaves_the_resident_as_it_was(causal: Resident, tmp_path: Any) -> None:

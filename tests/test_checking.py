@@ -68,9 +68,9 @@ def test_tensors_and_bytes_are_those_that_a_round_sends(method: str) -> None:
         assert name in names
         assert any(words(line) == [name, *" x ".join(map(str, shape)).split(), dtype] for line in text.splitlines())
     size, count = wire_size(experiment, resident)
-    assert abs(size - len(sent[0])) < 64  # its numbers have more digits than zeros have
+    assert abs(size - len(sent[0])) <= 8  # a digit more or less of the loss, padded to 8 bytes
     half = max(1, round(len(silos) / 2))
-    assert f"{count:,} numbers, {size:,} bytes up per silo and round; {half} of {len(silos)} silos a round" in text
+    assert f"{count:,} numbers, about {size:,} bytes up per silo and round; {half} of {len(silos)} silos a round" in text
     assert f"{experiment.rounds} rounds: {size * half * experiment.rounds:,} bytes up in all" in text
 
 

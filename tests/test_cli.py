@@ -168,7 +168,7 @@ def test_check_lists_what_would_leave_and_trains_nothing(fedtailor: Command, tmp
     assert list(tmp_path.iterdir()) == []
     assert re.search(r"delta/prompt_encoder\.default\.embedding\.weight │ 4 x 64 │ float32", ended.out)
     assert re.search(r"^│ clinic +│ +\d+ +│ +\d+ +│ +\d+ +│ +0 +│$", ended.out, flags=re.M)
-    count, each = re.search(r"([\d,]+) numbers, ([\d,]+) bytes up per silo and round", ended.out).groups()  # type: ignore[union-attr]
+    count, each = re.search(r"([\d,]+) numbers, about ([\d,]+) bytes up per silo and round", ended.out).groups()  # type: ignore[union-attr]
     assert count == "256"
     first = json.loads((whole.folder / "rounds.jsonl").read_text().splitlines()[1])
     # a loss has up to sixteen digits more than the zero that stands for it
@@ -280,7 +280,10 @@ def test_data_that_is_good_runs(fedtailor: Command, tmp_path: Path) -> None:
 
 
 BAD_DATA = {
-    "an empty silo": ([{"site": "poor", "text": "x", "mood": "bad", "split": "test"}], ["silo 'poor'", "none of its 1 rows is for training"]),
+    "an empty silo": (
+        [{"site": "poor", "text": "x", "mood": "bad", "split": "test"}],
+        ["silo 'poor'", "none of its 1 rows is for training"],
+    ),
     "a silo whose rows all fall to the filter": (
         [{"site": "wordy", "text": "a b c d e", "mood": "bad", "split": "train"}],
         ["silo 'wordy': all 1 rows have more than 4 words; raise max_words"],
@@ -336,7 +339,7 @@ def test_a_silo_whose_training_diverges_is_named_and_left_out(fedtailor: Command
     ("settings", "said"),
     [
         (["faults.nan=['cafe','clinic','shop']"], ["round 1: no reply of 3 silos could be used", "not finite"]),
-        (["faults.dropout=1.0"], ["round 1: no reply of 3 silos could be used: all replies were lost"]),
+        (["faults.dropout=1.0"], ["round 1: no reply of 3 silos could be used", "clinic: no reply arrived"]),
         (["method.max_delta_norm=1e-9"], ["round 1: no reply of 3 silos", "above method.max_delta_norm"]),
     ],
 )

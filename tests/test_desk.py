@@ -87,7 +87,7 @@ def test_a_repeated_request_gets_the_recorded_reply_and_is_applied_once() -> Non
     first = answer([one], request(5))
     assert answer([one], request(5)) == first
     assert answer([one], request(5)) == first
-    assert one.commit()
+    assert one.commit(one.round)
     assert kept(one) == (5, 5.0)
 
 
@@ -96,7 +96,7 @@ def test_an_earlier_request_repeated_after_a_later_one_changes_nothing() -> None
     assert totals(one, request(1)) == [1]
     assert totals(one, request(10, index=1)) == [11]
     assert totals(one, request(1)) == [1]
-    one.commit()
+    one.commit(one.round)
     assert kept(one) == (11, 11.0)
 
 
@@ -105,7 +105,7 @@ def test_a_changed_request_restarts_from_the_memory_before_it() -> None:
     assert totals(one, request(1)) == [101]
     assert totals(one, request(10, index=1)) == [111]
     assert totals(one, request(2)) == [102], "the same place, another body"
-    one.commit()
+    one.commit(one.round)
     assert kept(one) == (102, 102.0), "what came after the changed request did not happen"
 
 
@@ -113,7 +113,7 @@ def test_the_same_body_for_other_work_is_another_request() -> None:
     one = desk()
     assert totals(one, request(1)) == [1]
     assert totals(one, request(1, work=add_without_memory)) == [1]
-    one.commit()
+    one.commit(one.round)
     assert kept(one) == (0, 0.0), "the work without memory took the place of the one that remembered"
 
 
@@ -121,7 +121,7 @@ def test_a_round_that_was_not_committed_is_forgotten() -> None:
     one = desk()
     totals(one, request(5, number=1))
     assert totals(one, request(1, number=2)) == [1]
-    one.commit()
+    one.commit(one.round)
     assert kept(one) == (1, 1.0)
 
 
@@ -129,7 +129,7 @@ def test_a_round_begun_anew_starts_from_the_last_commit() -> None:
     """A server that was killed comes back with the last generation and asks the round again, perhaps otherwise."""
     one = desk()
     totals(one, request(5, number=1))
-    one.commit()
+    one.commit(one.round)
     totals(one, request(7, number=2))
     again = Desk("a", None, {}, seed=7, memory=one.memory)
     assert totals(again, request(8, number=2)) == [13]
@@ -140,7 +140,7 @@ def test_a_silo_that_was_not_asked_before_keeps_its_place() -> None:
     assert totals(one, request(3, index=2)) == [3]
     assert totals(one, request(4, index=3)) == [7]
     assert totals(one, request(3, index=2)) == [3]
-    one.commit()
+    one.commit(one.round)
     assert kept(one) == (7, 7.0)
 
 
@@ -148,14 +148,14 @@ def test_memory_is_final_only_at_the_commit_and_handed_out_as_a_copy() -> None:
     one = desk(n=1, t=torch.ones(1))
     totals(one, request(2))
     assert kept(one) == (1, 1.0)
-    one.commit()
+    one.commit(one.round)
     assert kept(one) == (3, 3.0)
 
 
 def test_work_without_memory_sees_none_and_leaves_none() -> None:
     one = desk(n=100)
     assert totals(one, request(1, work=add_without_memory)) == [1]
-    assert not one.commit(), "nothing to write"
+    assert not one.commit(one.round), "nothing to write"
     assert one.memory == {"n": 100}
 
 
@@ -164,7 +164,7 @@ def test_a_failure_leaves_memory_as_it_was() -> None:
     totals(one, request(2))
     assert told(one, request(10, index=1, refusing=("a",))) == [Failure("a refuses")]
     assert totals(one, request(4, index=2)) == [7]
-    one.commit()
+    one.commit(one.round)
     assert one.memory["n"] == 7
 
 
@@ -172,7 +172,7 @@ def test_a_failure_is_recorded_like_any_reply() -> None:
     one = desk()
     first = answer([one], request(1, refusing=("a",)))
     assert answer([one], request(1, refusing=("a",))) == first
-    assert not one.commit()
+    assert not one.commit(one.round)
 
 
 def test_a_bug_is_raised_and_nothing_is_recorded() -> None:
@@ -180,7 +180,7 @@ def test_a_bug_is_raised_and_nothing_is_recorded() -> None:
     with pytest.raises(ZeroDivisionError):
         answer([one], request(1, work=broken))
     assert one.recorded(request(1, work=broken)) is None
-    assert not one.commit()
+    assert not one.commit(one.round)
     assert one.memory == {"n": 1}
 
 
@@ -206,7 +206,7 @@ def test_only_those_who_have_not_answered_are_asked() -> None:
     assert after[1] == before[0]
     assert [reply.together for reply in after] == [2, 1, 2]
     for one in many:
-        one.commit()
+        one.commit(one.round)
     assert [kept(one) for one in many] == [(5, 5.0)] * 3
 
 
@@ -216,7 +216,7 @@ def test_a_cohort_in_which_one_cannot_loses_only_that_one() -> None:
     assert found[1] == Failure("b refuses")
     assert [found[0].total, found[2].total] == [105, 105]
     for one in many:
-        one.commit()
+        one.commit(one.round)
     assert [one.memory["n"] for one in many] == [105, 100, 105], "the cut-off pass must not count beside the second"
 
 
@@ -224,7 +224,7 @@ def test_a_cohort_that_names_one_failure_loses_only_that_one() -> None:
     many = [desk(name, n=100) for name in "abc"]
     found = told(many, request(5, failing=("c",)))
     assert [found[0].total, found[1].total, found[2]] == [105, 105, Failure("no")]
-    assert [one.commit() for one in many] == [True, True, False]
+    assert [one.commit(one.round) for one in many] == [True, True, False]
     assert [one.memory["n"] for one in many] == [105, 105, 100]
 
 
@@ -269,7 +269,7 @@ def test_any_course_of_a_run_equals_the_sum_of_what_counts(course: list[tuple[st
     opened: list[int] = []
     for what, index, amount in course:
         if what == "commit":
-            one.commit()
+            one.commit(one.round)
             committed += sum(opened)
         if what != "ask":  # a round that was not committed did not happen
             number, opened = number + 1, []
@@ -279,3 +279,10 @@ def test_any_course_of_a_run_equals_the_sum_of_what_counts(course: list[tuple[st
                 opened += [0] * (index - len(opened)) + [amount]
             assert totals(one, request(amount, index, number)) == [committed + sum(opened[: index + 1])]
         assert one.memory.get("n", 0) == committed
+
+
+def test_a_commit_of_another_round_forgets_what_an_abandoned_one_left() -> None:
+    one = desk(n=1)
+    answer([one], request(5, number=1))  # round 1 is abandoned: the silo is not in its repetition
+    assert not one.commit(2)
+    assert one.memory == {"n": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def command(words: list[str]) -> Any:
 
 
 def sets(words: list[str]) -> list[str]:
-    return [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
+    return [value for option, value in pairwise(words) if option == "--set"]
 
 
 def opening(file: Path) -> list[str]:
@@ -111,7 +112,7 @@ def test_the_readme_opens_with_the_two_commands_of_a_fresh_machine() -> None:
     readme = ROOT / "README.md"
     if not readme.exists():
         pytest.skip("not written yet")
-    assert [words for words in told(readme, "make")][:2] == [["demo"], ["check"]]
+    assert told(readme, "make")[:2] == [["demo"], ["check"]]
 
 
 PATHS = re.compile(

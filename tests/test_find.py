@@ -40,7 +40,7 @@ def test_an_unknown_method_is_refused_with_the_choices(name: str) -> None:
 
 
 def test_a_misspelt_method_is_corrected() -> None:
-    with pytest.raises(UserError, match="method.name = 'loar': no such method; did you mean 'lora'"):
+    with pytest.raises(UserError, match=r"method\.name = 'loar': no such method; did you mean 'lora'"):
         find.method("loar")
 
 

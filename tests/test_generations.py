@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def test_the_newest_is_what_was_committed_last(tmp_path: Path) -> None:
     assert seen(Generations(tmp_path)) == expected(0, {}, None)
     commit(kept, 1, "abc", best=1)
     commit(kept, 2, "abc", best=1)
-    assert seen(Generations(tmp_path)) == expected(2, dict(a=2, b=2, c=2), 1)
+    assert seen(Generations(tmp_path)) == expected(2, {"a": 2, "b": 2, "c": 2}, 1)
 
 
 def test_silos_that_took_no_part_keep_their_memory_and_its_file(tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_silos_that_took_no_part_keep_their_memory_and_its_file(tmp_path: Path) 
     commit(kept, 1, "abc")
     before = {file: (tmp_path / "state" / file).stat() for file in files(tmp_path)}
     commit(kept, 2, "b")
-    assert seen(Generations(tmp_path)) == expected(2, dict(a=1, b=2, c=1), None)
+    assert seen(Generations(tmp_path)) == expected(2, {"a": 1, "b": 2, "c": 1}, None)
     same = [f for f in before if f in files(tmp_path) and (tmp_path / "state" / f).stat() == before[f]]
     assert len(same) == 2, "the files of a and c are the very same"
 
@@ -102,14 +101,14 @@ def test_memories_survive_being_read_again_between_commits(tmp_path: Path) -> No
     again = Generations(tmp_path)
     again.newest()
     commit(again, 2, "c", best=1)
-    assert seen(Generations(tmp_path)) == expected(2, dict(a=1, b=1, c=2), 1)
+    assert seen(Generations(tmp_path)) == expected(2, {"a": 1, "b": 1, "c": 2}, 1)
 
 
 def test_a_silo_that_forgets_has_no_file(tmp_path: Path) -> None:
     kept = Generations(tmp_path)
     commit(kept, 1, "ab")
     kept.commit(2, state(2), {"a": {}}, None, log(2))
-    assert seen(Generations(tmp_path)) == expected(2, dict(b=1), None)
+    assert seen(Generations(tmp_path)) == expected(2, {"b": 1}, None)
     assert len(files(tmp_path)) == 2  # the generation, and b's
 
 
@@ -148,7 +147,7 @@ def test_a_damaged_generation_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts file writes, and kills at the one asked for: before it, or in its midst."""
     count = {"now": 0, "kill": 0, "midst": 0}
     real = wire.write_bytes
@@ -162,12 +161,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         real(path, data)
 
     monkeypatch.setattr(wire, "write_bytes", write)
-    yield count
+    return count
 
 
 @pytest.mark.parametrize("midst", [0, 1])
 def test_a_kill_at_any_write_leaves_the_old_or_the_new_whole(tmp_path: Path, calls: dict[str, int], midst: int) -> None:
-    old, new = expected(1, dict(a=1, b=1, c=1), 1), expected(2, dict(a=2, b=1, c=2), 2)
+    old, new = expected(1, {"a": 1, "b": 1, "c": 1}, 1), expected(2, {"a": 2, "b": 1, "c": 2}, 2)
     outcomes = []
     for kill in range(1, 100):
         folder = tmp_path / str(kill)
@@ -188,7 +187,7 @@ def test_a_kill_at_any_write_leaves_the_old_or_the_new_whole(tmp_path: Path, cal
         if outcomes[-1] == old:  # the round is run again, and all is as if nothing had been
             commit(after, 2, "ac", best=2)
         commit(after, 3, "b", best=2)
-        assert seen(Generations(folder)) == expected(3, dict(a=2, b=3, c=2), 2)
+        assert seen(Generations(folder)) == expected(3, {"a": 2, "b": 3, "c": 2}, 2)
         assert len(files(folder)) == 5  # the generation, the best, three memories
         if whole:
             break
@@ -213,7 +212,7 @@ def test_a_kill_in_the_sweep_leaves_the_new(tmp_path: Path, monkeypatch: pytest.
         commit(kept, 2, "ab", best=2)
     monkeypatch.undo()
     assert swept
-    assert seen(Generations(tmp_path)) == expected(2, dict(a=2, b=2, c=1), 2)
+    assert seen(Generations(tmp_path)) == expected(2, {"a": 2, "b": 2, "c": 1}, 2)
     commit(kept, 3, "", best=2)
     assert len(files(tmp_path)) == 5
 

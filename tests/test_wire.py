@@ -69,7 +69,9 @@ DTYPES = (*FLOATS, *INTEGERS, torch.bool, torch.complex64)
 
 
 def bits(t: torch.Tensor) -> bytes:
-    return bytes(t.detach().flatten().contiguous().view(torch.uint8).tolist()) if t.numel() else b""
+    """Its bytes, row by row, however it lies."""
+    plain = torch.empty(t.numel(), dtype=t.dtype).copy_(t.detach().flatten())
+    return bytes(plain.view(torch.uint8).tolist())
 
 
 def same(one: Any, other: Any) -> bool:

@@ -16,15 +16,16 @@ from fedtailor.experiment import parse
 
 def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_new_tokens: int, seed: int) -> None:
     """Until an empty line, the end of input, or Ctrl-C. Raises UserError when the folder holds no finished adapter."""
-    served_file, file = folder / "adapter" / "served.safetensors", folder / "experiment.toml"
-    if not served_file.exists() or not file.exists():
+    adapters = sorted((*folder.glob("adapter/served.safetensors"), *folder.glob("seed-*/adapter/served.safetensors")))
+    file = folder / "experiment.toml"
+    if not adapters or not file.exists():
         raise UserError(
             f"{folder}: no finished run there (no adapter/served.safetensors); finish it with `fedtailor run --resume {folder}`"
         )
     table = tomllib.loads(file.read_text(encoding="utf-8"))
     table.pop("command", None)
     experiment = parse(table, str(file))
-    model = wire.read_file(served_file).open({"base": models.load(experiment.model)})
+    model = wire.read_file(adapters[0]).open({"base": models.load(experiment.model)})
     template = experiment.data.template
     fields = rows.columns(template) if template else ()
     labels = experiment.data.labels

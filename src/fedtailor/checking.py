@@ -19,6 +19,7 @@ from fedtailor.experiment import Experiment
 def show(experiment: Experiment, out: Console) -> None:
     """Print silos, rows, and per silo the tensors and bytes of a round. Raises UserError for whatever cannot run."""
     loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
+    experiment.faults.check(loaded.silos)
     resident = models.load(experiment.model)
     method = experiment.method
     # first: whether the method fits the model at all
@@ -44,7 +45,7 @@ def show(experiment: Experiment, out: Console) -> None:
     count = sum(t.numel() for t in wire.tensors_of(body).values())
     silos = max(1, round(experiment.participation * len(loaded.silos)))
     out.print(
-        f"{count:,} numbers, {size:,} bytes up per silo and round; {silos} of {len(loaded.silos)} silos a round, "
+        f"{count:,} numbers, about {size:,} bytes up per silo and round; {silos} of {len(loaded.silos)} silos a round, "
         f"{experiment.rounds} rounds: {size * silos * experiment.rounds:,} bytes up in all",
         highlight=False,
     )

@@ -199,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _click(error: Exception, debug: bool) -> int:
     """Usage errors in one line; anything else is a bug of ours, said in one line unless --debug."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())  # type: ignore[attr-defined]
+        return 2
     if hasattr(error, "format_message"):
         return _fail(error.format_message(), 2, debug)
     if isinstance(error, typer.Abort):

@@ -178,11 +178,11 @@ def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Exper
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from error
     table.setdefault("name", path.stem)
-    source = table.get("data", {}).get("source") if isinstance(table.get("data"), dict) else None
-    if isinstance(source, str) and not Path(source).exists() and (path.parent / source).exists():
-        table["data"]["source"] = str((path.parent / source).resolve())  # beside the experiment file
+    written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
     for text in sets:
         _set(table, text)
+    _other_method(table, written, {text.partition("=")[0].strip() for text in sets})
+    _found_source(table, path.parent)
     if seed is not None:
         table["seeds"] = [seed]
     return parse(table, str(path))
@@ -303,6 +303,31 @@ def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
             errors.append(f"{where} {place}: {told}{given}".replace(": : ", ": ").replace(" : ", ": "))
         return None
     return made if len(errors) == before else None
+
+
+def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[str]) -> None:
+    """`--set method.name=...`: of the file's own method, settings that the new one lacks, and its lr, are left out."""
+    now = table.get("method")
+    if not isinstance(now, dict) or "name" not in written or now.get("name") == written["name"]:
+        return
+    try:
+        known = {f.name for f in fields(find.method(str(now.get("name"))))}
+    except UserError:
+        return  # told by parse
+    for key in [k for k in written if k != "name" and (k == "lr" or k not in known) and f"method.{k}" not in sets]:
+        now.pop(key, None)
+
+
+def _found_source(table: dict[str, Any], folder: Path) -> None:
+    """A data file, relative to here or to the experiment's own folder, by its whole path: a resume finds it anywhere."""
+    from fedtailor import demo
+
+    data = table.get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    if isinstance(source, str) and source not in demo.names():
+        found = next((p for p in (Path(source), folder / source) if p.exists()), None)
+        if found is not None and isinstance(data, dict):
+            data["source"] = str(found.resolve())
 
 
 def _set(table: dict[str, Any], text: str) -> None:

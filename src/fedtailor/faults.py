@@ -6,7 +6,7 @@ One function each; a setting of [faults] by the function's name turns it on. See
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from fedtailor.core import Reply
+from fedtailor.errors import UserError, suggest
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Replies = Iterator[Reply[Any]]
@@ -27,6 +28,12 @@ class Faults:
     nan: tuple[str, ...] = ()  # silos whose tensors arrive as NaN
     sign_flip: tuple[str, ...] = ()  # silos that send the opposite of what they learnt
     noise: Annotated[float, Field(ge=0)] = 0.0  # standard deviation of Gaussian noise on every tensor
+
+    def check(self, silos: Collection[str]) -> None:
+        """Raises UserError for a silo that the data has not."""
+        for name in (*self.nan, *self.sign_flip):
+            if name not in silos:
+                raise UserError(f"[faults]: the data has no silo {name!r}{suggest(name, silos)}")
 
     def inject(self, replies: Replies, seed: int) -> Replies:
         dice = random.Random(seed)

@@ -6,6 +6,8 @@ import importlib
 import inspect
 import pkgutil
 import sys
+from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def method(name: str) -> type[Any]:
     """
     package = "fedtailor.methods"
     if ":" in name:
-        return _foreign(name, "method.name")  # type: ignore[no-any-return]
+        what = "frozen dataclass with begin, round and serve"
+        return _foreign(name, "method.name", _is_method, what)  # type: ignore[no-any-return]
     known = [n for n in names(package) if _class(importlib.import_module(f"{package}.{n}")) is not None]
     if name not in known:
         raise UserError(f"method.name = {name!r}: no such method{suggest(name, known)}; or give 'package.module:Class'")
@@ -43,7 +46,7 @@ def methods() -> dict[str, type[Any]]:
 def function(module: str, name: str, place: str, known: set[str]) -> Any:
     """A public function of one of our modules, or of "package.module:function". Raises UserError."""
     if ":" in name:
-        return _foreign(name, place)
+        return _foreign(name, place, callable, "function")
     if name not in known:
         raise UserError(
             f"{place} = {name!r}: no such function{suggest(name, known)}; or give 'package.module:function'"
@@ -64,13 +67,20 @@ def _class(module: Any) -> type[Any] | None:
     return concrete[0] if concrete else None
 
 
-def _foreign(name: str, place: str) -> Any:
+def _is_method(found: Any) -> bool:
+    frozen = isinstance(found, type) and is_dataclass(found) and found.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return frozen and not inspect.isabstract(found) and all(hasattr(found, n) for n in ("begin", "round", "serve"))
+
+
+def _foreign(name: str, place: str, fits: Callable[[Any], bool], what: str) -> Any:
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a method file beside the experiment, as `python -m` would find it
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{place} = {name!r}: cannot be imported: {error}") from error
+    except Exception as error:  # whatever a file of the user's does when it is run
+        raise UserError(f"{place} = {name!r}: cannot be imported: {type(error).__name__}: {error}") from error
+    if not fits(found):
+        raise UserError(f"{place} = {name!r}: is no {what}")
     wire.allow(module)
     return found

@@ -53,6 +53,7 @@ class Run:
             environment: dict[str, Any] = {}
             for seed in seeds:
                 loaded = first if seed == seeds[0] else rows_of.load(self.experiment.data, self.experiment.silo, seed)
+                self._same_data(seed, loaded.sha256)
                 here = self.folder if len(seeds) == 1 else self.folder / f"seed-{seed}"
                 before = [self.folder / f"seed-{s}" for s in seeds[: seeds.index(seed)]]
                 environment = self._environment(resident, loaded.sha256)
@@ -63,12 +64,6 @@ class Run:
             merged = results[seeds[0]] if len(seeds) == 1 else merge(results)
             result = self._result({**environment, "plan": self.plan}, list(seeds), merged)
             _write_json(self.folder / "result.json", result)
-            if (
-                len(seeds) > 1
-                and (self.folder / f"seed-{seeds[0]}" / "adapter").exists()
-                and not (self.folder / "adapter").exists()
-            ):
-                shutil.copytree(self.folder / f"seed-{seeds[0]}" / "adapter", self.folder / "adapter")
             return result
 
     def planned(self, plan: Mapping[str, int]) -> None:
@@ -80,9 +75,15 @@ class Run:
         if file.exists():
             self.plan = json.loads(file.read_text())
         else:
-            self.plan = {"threads": self.experiment.engine.threads or torch.get_num_threads(), "cohort": {}}
+            self.plan = {"threads": self.experiment.engine.threads or torch.get_num_threads(), "cohort": {}, "data": {}}
             _write_json(file, self.plan)
         torch.set_num_threads(int(self.plan["threads"]))
+
+    def _same_data(self, seed: int, sha256: str) -> None:
+        """Raises UserError when the rows are not those that the run began with."""
+        if self.plan["data"].setdefault(str(seed), sha256) != sha256:
+            raise UserError(f"{self.folder}: the data changed since this run began; bring it back, or start a new run")
+        _write_json(self.folder / "plan.json", self.plan)
 
     def _environment(self, resident: models.Resident, data_sha256: str) -> dict[str, Any]:
         import peft
@@ -293,6 +294,7 @@ def begin(experiment: Experiment, out: Path | None, command: str) -> Run:
 def prepare(experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
     """The first seed's rows, then the base; every row fits its context. Raises UserError for what cannot run."""
     loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
+    experiment.faults.check(loaded.silos)
     resident = models.load(experiment.model)
     checking.fits(resident, loaded.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
     return loaded, resident

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import _TYPES
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -27,6 +28,7 @@ from fedtailor.errors import FedtailorError
 
 VERSION = 1
 ALLOWED = frozenset({"fedtailor"})  # top-level packages whose bodies and in_silo functions this process accepts
+_DTYPES = frozenset(_TYPES.values())  # all that the format holds
 _KEY = "fedtailor"  # one metadata entry only: the order of several is not fixed, and equal bodies must pack equally
 
 
@@ -63,13 +65,11 @@ def unpack(data: bytes) -> Any:
         header = json.loads(data[8 : 8 + length])
         message = json.loads(header["__metadata__"][_KEY])
         tensors = load_tensors(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        if message.get("version") == VERSION:
+            return _decode(message["body"], tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireError(f"{len(data)} bytes that are no body of ours: {error}") from error
-    if message.get("version") != VERSION:
-        raise WireError(
-            f"wire version {message.get('version')}, this side speaks {VERSION}: install the same fedtailor"
-        )
-    return _decode(message["body"], tensors)
+    raise WireError(f"wire version {message.get('version')}, this side speaks {VERSION}: install the same fedtailor")
 
 
 def tensors_of(body: Any) -> dict[str, Tensor]:
@@ -151,10 +151,14 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": repr(value)}
+        return value if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, Tensor):
+        if value.dtype not in _DTYPES or value.layout != torch.strided:
+            raise WireError(f"{here}: a tensor of {value.dtype}, {value.layout} cannot cross")
         name = place.removeprefix("/") or "tensor"
-        tensor = value.detach().cpu().contiguous()
+        while name in tensors:  # "a/b" may be one key, or two
+            name += "'"
+        tensor = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         # safetensors refuses two names on one storage; a tied weight is sent once a name
         if any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values()):
             tensor = tensor.clone()

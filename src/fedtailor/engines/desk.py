@@ -33,7 +33,7 @@ class Request:
 @dataclass
 class _Done:
     id: str
-    reply: bytes
+    reply: bytes | None
     memory: dict[str, Any] | None  # after this request; None: as before it
 
 
@@ -45,13 +45,14 @@ class Desk:
     data: Any
     models: Mapping[str, Any]
     seed: int
+    repeats: bool = True  # a request may come twice, as over a network: then replies are held until the commit
     memory: dict[str, Any] = field(default_factory=dict)  # as of the last commit
     round: int = 0
     done: list[_Done] = field(default_factory=list)  # by ask index of the open round
 
     def recorded(self, request: Request) -> bytes | None:
         """The reply given to this very request, if it was given in the open round."""
-        known = [d.reply for d in self.done if d.id == request.id(self.name)]
+        known = [d.reply for d in self.done if d.id == request.id(self.name) and d.reply is not None]
         return known[0] if known and request.round == self.round else None
 
     def silo(self, request: Request, *, remembers: bool) -> Silo:
@@ -66,10 +67,12 @@ class Desk:
         return Silo(self.name, self.data, self.models, seed, memory)
 
     def record(self, request: Request, reply: bytes, memory: dict[str, Any] | None) -> None:
-        self.done.append(_Done(request.id(self.name), reply, memory))
+        self.done.append(_Done(request.id(self.name), reply if self.repeats else None, memory))
 
-    def commit(self) -> bool:
-        """Make the open round's memory final. Returns whether it may have changed."""
+    def commit(self, number: int) -> bool:
+        """Make round `number`'s memory final; what another, abandoned round left is forgotten. Whether it may have changed."""
+        if self.round != number:
+            self.done = []
         changed = any(done.memory is not None for done in self.done)
         self.memory, self.done = self._latest(), []
         return changed
@@ -83,24 +86,27 @@ def answer(desks: Sequence[Desk], request: Request) -> list[bytes]:
 
     A `SiloError` becomes a packed `Failure`, and leaves the memory as it was. Any other exception is a bug and is raised.
     """
-    new = [desk for desk in desks if desk.recorded(request) is None]
+    replies = {desk.name: desk.recorded(request) for desk in desks}
+    new = [desk for desk in desks if replies[desk.name] is None]
     if new:
         work, body = wire.find_work(request.work), wire.unpack(request.body)
-        silos = [desk.silo(request, remembers=work.__memory__) for desk in new]
-        for desk, silo, up in zip(new, silos, _worked(work, silos, body), strict=True):
+        for desk, silo, up in _worked(work, new, request, body):
             keeps = work.__memory__ and not isinstance(up, wire.Failure)
-            desk.record(request, wire.pack(up), silo.memory if keeps else None)
-    return [reply for desk in desks if (reply := desk.recorded(request)) is not None]
+            replies[desk.name] = reply = wire.pack(up)
+            desk.record(request, reply, silo.memory if keeps else None)
+    return [reply for reply in replies.values() if reply is not None]
 
 
-def _worked(work: Any, silos: list[Silo], body: Any) -> list[Any]:
+def _worked(work: Any, desks: Sequence[Desk], request: Request, body: Any) -> list[tuple[Desk, Silo, Any]]:
+    silos = [desk.silo(request, remembers=work.__memory__) for desk in desks]
     try:
-        return [work(silos[0], body)] if len(silos) == 1 else list(work.__cohort__(silos, body))
+        ups = [work(silos[0], body)] if len(silos) == 1 else list(work.__cohort__(silos, body))
     except SiloError as error:
         if len(silos) == 1:
-            return [wire.Failure(str(error))]
-    # one of them cannot: find out who, one by one
-    return [_worked(work, [silo], body)[0] for silo in silos]
+            return [(desks[0], silos[0], wire.Failure(str(error)))]
+        # one of them cannot: find out who, one by one, each from its memory before this pass
+        return [done for desk in desks for done in _worked(work, [desk], request, body)]
+    return list(zip(desks, silos, ups, strict=True))
 
 
 def seed_of(seed: int, *place: Any) -> int:

@@ -56,7 +56,7 @@ class InProcess:
 
     def __post_init__(self) -> None:
         self.desks: dict[str, Any] = {
-            name: Desk(name, rows, self.models, self.seed) for name, rows in self.data.items()
+            name: Desk(name, rows, self.models, self.seed, repeats=False) for name, rows in self.data.items()
         }
         self.silos = tuple(self.desks)
         self._place = (-1, 0)  # round, next ask index
@@ -67,8 +67,8 @@ class InProcess:
 
     def commit(self) -> list[str]:
         """The round has happened: memories are final. Returns the silos that took part."""
-        self._place = (-1, 0)
-        return [name for name, desk in self.desks.items() if desk.commit()]
+        number, self._place = self._place[0], (-1, 0)
+        return [name for name, desk in self.desks.items() if desk.commit(number)]
 
     def next_index(self, number: int) -> int:
         self._place = (number, self._place[1] + 1 if self._place[0] == number else 0)
@@ -108,7 +108,7 @@ class InProcess:
             taken = []
             for _ in range(2):  # the first pays for warming up
                 began = time.perf_counter()
-                answer([Desk(d.name, d.data, d.models, d.seed, d.memory) for d in desks[:size]], small)
+                answer([Desk(d.name, d.data, d.models, d.seed, False, d.memory) for d in desks[:size]], small)
                 taken.append(time.perf_counter() - began)
             return min(taken) / size
 
@@ -150,19 +150,22 @@ class Reach:
         for reply in self(work, body, to=to, deadline=deadline):
             summed = wire.summed(reply.body, reply.body.weight, summed)
             names.append(reply.silo)
+        if summed is None:
+            raise RunError(f"round {self.round}: a total over no silo at all")
         return Total(summed, summed.weight, tuple(names))
 
     def _checked(
         self, request: Request, asked: Any, to: tuple[str, ...], deadline: float | None
     ) -> Iterator[Reply[Any]]:
         """Replies that can be used. Others are rejected by name. Raises RunError when none can."""
-        used, why = 0, []
-        replies: Iterator[Reply[Any]] = self._arrived(request, to, deadline)
+        used, why, missing = 0, [], dict.fromkeys(to, "no reply arrived")
+        replies: Iterator[Reply[Any]] = self._arrived(request, to, deadline, missing)
         if self.disturbed:
             replies = self.engine.faults.inject(
                 replies, seed_of(self.engine.seed, "faults", request.round, request.index)
             )
         for reply in replies:
+            del missing[reply.silo]
             if (problem := _problem(reply.body, asked)) is not None:
                 why.append(f"{reply.silo}: {problem}")
                 self.engine.rejected.append((request.round, reply.silo, problem))
@@ -170,11 +173,16 @@ class Reach:
                 continue
             used += 1
             yield reply
+        for name, reason in missing.items():
+            why.append(f"{name}: {reason}")
+            self.engine.rejected.append((request.round, name, reason))
         if not used and to:
-            reason = f"; {'; '.join(why[:3])}" if why else ": all replies were lost"
-            raise RunError(f"round {request.round}: no reply of {len(to)} silos could be used{reason}")
+            raise RunError(f"round {request.round}: no reply of {len(to)} silos could be used; {'; '.join(why[:3])}")
 
-    def _arrived(self, request: Request, to: tuple[str, ...], deadline: float | None) -> Iterator[Reply[Any]]:
+    def _arrived(
+        self, request: Request, to: tuple[str, ...], deadline: float | None, missing: dict[str, str]
+    ) -> Iterator[Reply[Any]]:
+        """Replies as they come; one that took longer than the deadline is left out, and said so in `missing`."""
         engine = self.engine
         with progress.bar(f"round {request.round} {request.work.rpartition(':')[2]}", len(to)) as advance:
             for desks in engine.groups(request, to):
@@ -189,7 +197,7 @@ class Reach:
                         engine.record(desk.name, "up", reply)
                     advance()
                     if late:
-                        engine.rejected.append((request.round, desk.name, f"later than the deadline of {deadline} s"))
+                        missing[desk.name] = f"later than the deadline of {deadline} s"
                         continue
                     yield Reply(desk.name, wire.unpack(reply))
 

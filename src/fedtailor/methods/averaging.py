@@ -7,6 +7,7 @@ is `Trained`: the change of the trainable tensors, the rows seen, the mean loss.
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -121,7 +122,7 @@ class Averaging(Method[State], abc.ABC):
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # over all rounds
     warmup_rounds: NotNegative = 0.0
     aggregate: str = "mean"
-    max_delta_norm: float | None = None  # a reply with a larger one is rejected
+    max_delta_norm: Positive | None = None  # a reply with a larger one is rejected
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # Reddi et al. 2021
     server_lr: Positive = 1.0
     server_momentum: NotNegative = 0.9
@@ -147,7 +148,8 @@ class Averaging(Method[State], abc.ABC):
     def begin(self, ask: Ask) -> State:
         # any silo's base gives the same start; the server needs no model of its own
         for name in ask.silos:
-            for reply in ask(start, Begin(self), to=[name]):
+            with contextlib.suppress(RunError):  # this silo cannot: the next
+                (reply,) = ask(start, Begin(self), to=[name])
                 return State(reply.body.tensors)
         raise RunError("no silo could make the first tensors")
 
@@ -221,9 +223,10 @@ class Averaging(Method[State], abc.ABC):
         return tensors, moments
 
     def example(self, resident: Resident, labels: int) -> Trained:
-        """A reply as it would leave a silo, zeros for numbers: what `fedtailor check` lists."""
+        """A reply as it would leave a silo, of the same size but for a digit of the loss: what `fedtailor check` lists."""
         tuned = self.put_on(resident, labels)
-        return Trained({n: torch.zeros_like(t) for n, t in tuned.tensors().items()}, 1.0, 0.0)
+        rows = self.local_steps * self.batch_size * self.accumulate
+        return Trained({n: torch.zeros_like(t) for n, t in tuned.tensors().items()}, float(rows), 1.2345678901234567)
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """A folder that `PeftModel.from_pretrained(base, folder)` loads."""
