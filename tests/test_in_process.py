@@ -203,7 +203,7 @@ def test_a_round_without_any_usable_reply_ends_the_run_with_the_reasons() -> Non
     one = engine({"a": 1, "b": -2})
     with pytest.raises(RunError, match="no reply of 2 silos could be used; a: a has no rows; b: the loss is negative"):
         ask(one, body=replace(ASKED, refusing=("a",)))
-    with pytest.raises(RunError, match="no reply of 2 silos could be used: all replies were lost"):
+    with pytest.raises(RunError, match="no reply of 2 silos could be used; a: no reply arrived; b: no reply arrived"):
         ask(engine({"a": 1, "b": 2}, faults=Faults(dropout=1.0)))
     with pytest.raises(RunError, match="no reply of 3 silos"):
         engine(faults=Faults(nan=("a", "b", "c"))).reach(1).total(work, ASKED)

@@ -6,6 +6,7 @@ accuracy, macro_f1, exact_match, rouge_l, bleu: 0 to 1, higher is better; loss: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -58,7 +59,10 @@ class Counts:
     told: bool = False  # whether text was made: exact, rouge_l and bleu hold
 
     def problem(self, asked: Evaluate) -> str | None:
-        if self.rows < 0 or self.places < 0 or not self.nll >= 0:
+        flat = [n for row in self.confusion for n in row]
+        square = all(len(row) == len(self.confusion) for row in self.confusion)
+        told = min([self.rows, self.places, self.exact, *flat, *self.bleu]) >= 0 and (not flat or sum(flat) == self.rows)
+        if not told or not square or not 0 <= self.nll < math.inf or not 0 <= self.rouge_l <= self.rows + 1e-6:
             return f"counts are out of bounds: {self.rows} rows, {self.places} places, nll {self.nll}"
         return None
 

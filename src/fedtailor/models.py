@@ -151,7 +151,12 @@ def folder(name: str, *, again: bool = False) -> Path:
             if target.exists():  # the remains of a build that was cut off
                 shutil.rmtree(target)
             made.rename(target)
-    expected = json.loads(record.read_text())["sha256"]
+    try:
+        expected = dict(json.loads(record.read_text())["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cached model {name}: {record} is damaged; build it anew with `fedtailor models fetch {name} --again`"
+        ) from error
     for file, sha256 in expected.items():
         if not (target / file).exists() or _sha256(target / file) != sha256:
             raise UserError(

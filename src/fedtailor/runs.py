@@ -81,9 +81,12 @@ class Run:
 
     def _same_data(self, seed: int, sha256: str) -> None:
         """Raises UserError when the rows are not those that the run began with."""
-        if self.plan["data"].setdefault(str(seed), sha256) != sha256:
+        known = self.plan.setdefault("data", {})
+        if known.get(str(seed), sha256) != sha256:
             raise UserError(f"{self.folder}: the data changed since this run began; bring it back, or start a new run")
-        _write_json(self.folder / "plan.json", self.plan)
+        if str(seed) not in known:
+            known[str(seed)] = sha256
+            _write_json(self.folder / "plan.json", self.plan)
 
     def _environment(self, resident: models.Resident, data_sha256: str) -> dict[str, Any]:
         import peft

@@ -7,7 +7,6 @@ is `Trained`: the change of the trainable tensors, the rows seen, the mean loss.
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -147,11 +146,14 @@ class Averaging(Method[State], abc.ABC):
 
     def begin(self, ask: Ask) -> State:
         # any silo's base gives the same start; the server needs no model of its own
+        why = []
         for name in ask.silos:
-            with contextlib.suppress(RunError):  # this silo cannot: the next
+            try:
                 (reply,) = ask(start, Begin(self), to=[name])
                 return State(reply.body.tensors)
-        raise RunError("no silo could make the first tensors")
+            except RunError as error:  # this silo cannot: the next
+                why.append(str(error))
+        raise RunError(f"no silo could make the first tensors; {'; '.join(why[:3])}")
 
     def round(self, state: State, ask: Ask) -> State:
         body = Train(self, state.tensors, self.lrs(ask.round, ask.rounds))
