@@ -56,9 +56,9 @@ class Run:
                 self._same_data(seed, loaded.sha256)
                 here = self.folder if len(seeds) == 1 else self.folder / f"seed-{seed}"
                 before = [self.folder / f"seed-{s}" for s in seeds[: seeds.index(seed)]]
-                environment = self._environment(resident, loaded.sha256)
                 one = Seed(self, seed, here, resident, loaded.silos, loaded.sha256, before)
                 results[seed] = one.conduct()
+                environment = self._environment(resident, loaded.sha256)
                 if len(seeds) > 1:
                     _write_json(here / "result.json", self._result(environment, [seed], results[seed]))
             merged = results[seeds[0]] if len(seeds) == 1 else merge(results)
