@@ -29,7 +29,7 @@ FEDERATED = 'rows=["federated"]'
 
 
 def asked(*sets: str) -> Experiment:
-    return experiment.load(TINY, [ONE_THREAD, *sets])
+    return experiment.load(TINY, [ONE_THREAD, "engine.cohort=1", *sets])
 
 
 def conduct(folder: Path, *sets: str) -> dict[str, Any]:
