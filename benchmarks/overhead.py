@@ -2,6 +2,8 @@
 
     python benchmarks/overhead.py [--model smollm2-135m] [--method prefix] [--silos 4 64] [--repeats 3]
 
+4 silos take 8 local steps each, 64 take one: the first is the usual round, the second the dearest in exchanges.
+
 Prints tokens per second and peak memory of both, and their ratios. The bare loop is what one would write by hand with
 plain PEFT and torch.optim on the very batches that the silos draw (logits only where there are labels, as we do).
 Each measurement runs in a process of its own, alternating, and the best of the repeats counts.
@@ -16,7 +18,7 @@ import sys
 import time
 from typing import Any
 
-STEPS, BATCH = 4, 8  # local steps per silo; rows per step
+BATCH = 8  # rows per step
 ROWS = 64  # training rows of each silo
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(given.one, given)))
         return
-    print(f"{given.method} on {given.model}: {STEPS} steps of {BATCH} rows per silo; best of {given.repeats}")
+    print(f"{given.method} on {given.model}, steps of {BATCH} rows, best of {given.repeats}")
     print(f"{'silos':>5} {'':>10} {'tokens/s':>9} {'peak MB':>8}")
     for silos in given.silos:
         found: dict[str, dict[str, float]] = {}
@@ -62,32 +64,31 @@ def in_process_of_its_own(kind: str, given: argparse.Namespace, silos: int) -> d
 
 
 def measure(kind: str, given: argparse.Namespace) -> dict[str, float]:
-    """One process: load, warm up by one pass over the whole work, then measure one."""
+    """One process: load, warm up, then measure one pass over the work of one round."""
     from fedtailor import find, models, peak
     from fedtailor.data import SiloData
     from fedtailor.engines.in_process import InProcess
 
     resident = models.load(models.Base(given.model, given.dtype))
-    method = find.method(given.method)(local_steps=STEPS, batch_size=BATCH)
+    method = find.method(given.method)(local_steps=max(1, 32 // given.silos[0]), batch_size=BATCH)
     data = {f"silo_{i:02d}": SiloData(rows(i), (), (), ("negative", "neutral", "positive")) for i in range(given.silos[0])}
-    engine = InProcess(data, {"base": resident}, rounds=2, cohort=1)
+    engine = InProcess(data, {"base": resident}, rounds=2, cohort="auto")
     state = method.begin(engine.reach(0))
     engine.commit()
     batches = drawn(resident, method, data)
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     loop = Bare(resident, method, state.tensors) if kind == "bare" else None
     peak.reset()
-    seconds = []
-    for number in (1, 2):
+    if loop is not None:
+        loop.run(batches[:4])
         began = time.perf_counter()
-        if loop is not None:
-            loop.run(batches)
-        else:
-            state = method.round(state, engine.reach(1))
-            engine.commit()
-        seconds.append(time.perf_counter() - began)
-        del number
-    return {"speed": tokens / min(seconds), "peak": peak.megabytes(), "tokens": tokens}
+        loop.run(batches)
+    else:
+        method.round(state, engine.reach(2, list(data)[:4]))  # warm up; the cohort is measured here, too
+        engine.commit()
+        began = time.perf_counter()
+        method.round(state, engine.reach(1))
+    return {"speed": tokens / (time.perf_counter() - began), "peak": peak.megabytes(), "tokens": tokens}
 
 
 def rows(i: int) -> tuple[Any, ...]:

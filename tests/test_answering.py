@@ -152,7 +152,7 @@ def test_what_rows_begin_with_in_common_is_read_once(
 ) -> None:
     before = "Answer briefly. Text: fine. Mood: good\n\nText: cold. Mood: bad\n\n"
     assert len(before) > answering.SHARED
-    model = replace(opened(causal, method), before=before)
+    model = replace(opened(causal, method), told=lambda row: replace(row, prompt=before + row.prompt))
     read = []
     using = model.tuned.using
     with monkeypatch.context() as patch:
@@ -323,10 +323,11 @@ def test_a_row_longer_than_the_context(causal: Resident, method: Averaging | Non
     fits = Row("p" * (room - 3), "a", "fits")  # " a" and the end
     assert model.logprobs([fits])[0][1] == 3
     long = Row("p" * (room - 2), "a", "row-77")
-    with pytest.raises(SiloError, match=r"row row-77 has .* 512") as error:
+    with pytest.raises(SiloError, match=r"a row has .* 512") as error:
         model.logprobs([ROWS[0], long])
     assert "\n" not in str(error.value)
     assert str(room + 1) in str(error.value)
+    assert "row-77" not in str(error.value), "an id is the silo's own"
 
 
 @pytest.mark.parametrize("method", [None, Prefix(virtual_tokens=3)], ids=name)

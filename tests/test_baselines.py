@@ -70,10 +70,13 @@ def test_an_example_joins_as_the_model_reads_it() -> None:
     assert few_shot({"a": SiloData((Row("Line.", "yes"),), (), ())}, 1, 0).before == "Line. yes\n\n"
 
 
-def test_chat_rows_are_no_examples() -> None:
-    chat = Row("", "well", messages=({"role": "user", "content": "How?"},))
-    assert few_shot({"a": SiloData((chat, chat), (), ())}, 3, 0).before == ""
-    assert few_shot({"a": SiloData((chat, Row("p", "q")), (), ())}, 1, 0).before == "p q\n\n"
+def test_chat_examples_are_turns_before_the_question() -> None:
+    ask, system = {"role": "user", "content": "How?"}, {"role": "system", "content": "Be kind."}
+    served = few_shot({"a": SiloData((Row("", "well", messages=(system, ask)),), (), ())}, 3, 0)
+    assert served.before == ""
+    assert served.turns == (ask, {"role": "assistant", "content": "well"}), "one example, without its system turn"
+    other = {"role": "user", "content": "Who?"}
+    assert served.told(Row("", "me", messages=(other,))).messages == (*served.turns, other)
 
 
 def test_pooled_is_all_rows_of_all_silos(rated: Silos) -> None:

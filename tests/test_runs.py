@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from fedtailor import experiment, runs, wire
-from fedtailor.errors import UserError
-from fedtailor.experiment import Experiment
+from fedtailor.errors import RunError, UserError
+from fedtailor.experiment import Experiment, as_table
 from fedtailor.generations import Generations
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -52,7 +52,9 @@ def test_the_result_is_what_is_in_the_folder(whole: tuple[Path, dict[str, Any]])
     folder, result = whole
     assert json.loads((folder / "result.json").read_text()) == result
     assert (result["version"], result["name"], result["seeds"], result["command"]) == (1, "tiny", [0], "a test")
-    assert result["experiment"] == experiment.as_table(asked("engine.record=true"))
+    expected = experiment.as_table(asked("engine.record=true"))
+    expected["data"]["source"] = "tiny.jsonl"
+    assert result["experiment"] == expected
     assert list(result["rows"]) == ["zero_shot", "few_shot", "alone", "federated", "centralized"]
     environment = result["environment"]
     assert (environment["torch"], environment["threads"], environment["dtype"]) == (torch.__version__, 1, "float32")
@@ -198,7 +200,8 @@ def test_the_plan_of_the_first_start_is_used_on_every_later_one(tmp_path: Path) 
     plan = {"threads": 1, "cohort": {"fedtailor.methods.averaging:train": 2}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     result = one.conduct()
-    plan["data"] = {"0": result["environment"]["data_sha256"]}
+    known = result["environment"]
+    plan["sha256"] = {"model": known["model_sha256"], "data of seed 0": known["data_sha256"]}
     assert result["environment"]["plan"] == plan
     assert (result["environment"]["cohort"], result["environment"]["threads"]) == (2, 1)
     assert json.loads((tmp_path / "plan.json").read_text()) == plan
@@ -407,3 +410,62 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_tensors(
     result = json.loads((folder / "result.json").read_text())
     for figure in ("loss", "accuracy", "bytes_up", "bytes_down", "best_round"):
         assert result["rows"]["federated"][figure] == undisturbed["rows"]["federated"][figure]
+
+
+def test_a_silo_that_cannot_be_scored_ends_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mean would be over other silos than the rows beside it."""
+    one = runs.begin(asked(FEDERATED), tmp_path, "")
+    test_rows = one.prepared[0].silos["shop"]  # type: ignore[index]
+    long = replace(test_rows.test[0], prompt="p" * 600)
+    one.prepared[0].silos["shop"] = replace(test_rows, test=(long,))  # type: ignore[index]
+    with pytest.raises(RunError, match="test rows could not be scored: shop: a row has 60"):
+        one.conduct()
+
+
+def test_centralized_sees_as_many_rows_as_federated_when_few_take_part(tmp_path: Path) -> None:
+    rows = conduct(tmp_path, 'rows=["federated", "centralized"]', "participation=0.34")["rows"]
+    log = [json.loads(line) for line in (tmp_path / "rows/federated/rounds.jsonl").read_text().splitlines()]
+    assert [len(entry["silos"]) for entry in log[1:]] == [1, 1]
+    # 4 virtual tokens x 2 layers x 2 x 16 numbers: what is trained is the same; only steps could differ
+    assert rows["federated"]["trained_parameters"] == rows["centralized"]["trained_parameters"] == 256
+    state = Generations(tmp_path / "rows" / "centralized").newest()
+    assert state is not None
+    memory = state[1]["all_silos"]
+    assert memory["moments"]["step"].item() == 2 * 2 * 1, "rounds x local steps x silos of a round"
+
+
+def test_a_resume_on_another_base_is_refused(tmp_path: Path) -> None:
+    one = runs.begin(asked(FEDERATED), tmp_path, "")
+    one.conduct()
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["sha256"]["model"] = "0" * 64
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="the base model or its dtype changed since this run began"):
+        runs.resume(tmp_path).conduct()
+
+
+def test_recorded_messages_are_numbered_on_after_a_resume(tmp_path: Path) -> None:
+    first = runs.Recorder(tmp_path)
+    first("a", "down", b"1")
+    first("a", "up", b"2")
+    runs.Recorder(tmp_path)("b", "down", b"3")
+    names = [file.name for file in sorted(tmp_path.iterdir())]
+    assert names == ["000000-down-a.safetensors", "000001-up-a.safetensors", "000002-down-b.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["plan.json", "rows/federated/row.json"])
+def test_a_damaged_record_is_named(tmp_path: Path, file: str) -> None:
+    conduct(tmp_path, FEDERATED)
+    (tmp_path / file).write_text("{")
+    with pytest.raises(UserError, match=rf"{file}: damaged .*; delete it"):
+        runs.resume(tmp_path).conduct()
+
+
+def test_a_run_can_be_run_again_from_its_own_file(tmp_path: Path) -> None:
+    conduct(tmp_path / "one", FEDERATED)
+    again = experiment.load(tmp_path / "one" / "experiment.toml")
+    assert as_table(again) == as_table(asked(FEDERATED))
+
+
+def test_the_result_does_not_say_where_the_rows_lie(tmp_path: Path) -> None:
+    assert conduct(tmp_path, FEDERATED)["experiment"]["data"]["source"] == "tiny.jsonl"

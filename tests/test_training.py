@@ -21,7 +21,7 @@ from fedtailor.methods.lora import Lora
 from fedtailor.methods.prefix import Prefix
 from fedtailor.models import Resident, resident
 from fedtailor.tiny import byte_tokenizer, tiny
-from fedtailor.training import Local, Progress, draw, moments_of, schedule, train
+from fedtailor.training import Local, Outcome, draw, moments_of, schedule, train
 from fedtailor.tuned import IGNORED, Tensors
 
 SEED = 11
@@ -44,7 +44,7 @@ def prepared(base: Resident, method: Averaging, labels: int) -> tuple[Any, Tenso
 
 
 def both(base: Resident, method: Averaging, silos: Silos, how: Local, moments: Sequence[Tensors] | None = None) -> tuple[
-    Progress, list[Progress]
+    Outcome, list[Outcome]
 ]:  # fmt: skip
     """All silos in one pass, and one after the other."""
     tuned, start = prepared(base, method, len(next(iter(silos.values())).labels))
@@ -55,7 +55,7 @@ def both(base: Resident, method: Averaging, silos: Silos, how: Local, moments: S
     return together, apart
 
 
-def difference(together: Progress, apart: Sequence[Progress]) -> float:
+def difference(together: Outcome, apart: Sequence[Outcome]) -> float:
     return max(
         (t[s] - one.tensors[n][0]).abs().max().item() for s, one in enumerate(apart) for n, t in together.tensors.items()
     )
@@ -259,7 +259,7 @@ def test_a_row_too_long_for_context_and_prefix(llama: Resident) -> None:
     tuned, start = prepared(llama, METHODS["prefix"], 0)
     fits, long = (SiloData((Row("p" * n, "y", "row-9"),), (), ()) for n in (505, 506))  # + 3 tokens + 4 virtual ones
     train(llama, tuned, start, [(fits, 1)], Local((0.1,), batch_size=1), [{}])
-    with pytest.raises(SiloError, match="row-9"):
+    with pytest.raises(SiloError, match="a row has"):
         train(llama, tuned, start, [(long, 1)], Local((0.1,), batch_size=1), [{}])
 
 

@@ -6,7 +6,7 @@ rounding). Rows that begin with the same tokens (a few-shot prompt, an instructi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,12 @@ def encode(
             resident.tokenizer(prompts, **take).input_ids, resident.tokenizer(told, **take).input_ids, strict=True
         )
     ]
-    for row, item in zip(rows, encoded, strict=True):
+    for item in encoded:
         if len(item) > resident.context - taken:
             prefix = f" ({taken} of them virtual tokens)" if taken else ""
-            raise SiloError(
-                f"row {row.id or '?'} has {len(item)} tokens ({len(item.answer)} of them answer), the model's context"
-                f" is {resident.context}{prefix}: shorten it or set data.max_words"
+            raise SiloError(  # without the row's id, which is the silo's own: this may leave it
+                f"a row has {len(item)} tokens ({len(item.answer)} of them answer), the model's context"
+                f" is {resident.context}{prefix}"
             )
     return encoded
 
@@ -100,7 +100,7 @@ class Answers:
     resident: Resident
     tuned: Tuned
     tensors: Mapping[str, Tensor] | None = None  # None: the base as it stands
-    before: str = ""  # put in front of every prompt: few-shot examples, an instruction
+    told: Callable[[Row], Row] = lambda row: row  # how a row is asked: few-shot examples or an instruction in front
 
     @torch.no_grad()
     def logprobs(
@@ -180,9 +180,7 @@ class Answers:
         return int(self.resident.tokenizer.pad_token_id)
 
     def _told(self, rows: Sequence[Row]) -> Sequence[Row]:
-        if not self.before:
-            return rows
-        return [row if row.messages else Row(self.before + row.prompt, row.answer, row.id) for row in rows]
+        return [self.told(row) for row in rows]
 
     def _encoded(self, rows: Sequence[Row], answers: Sequence[str] | None, *, stop: bool = False) -> list[Encoded]:
         return encode(self.resident, rows, answers, stop=stop, taken=self.tuned.shift)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedtailor.answering import Answers, fresh
@@ -24,11 +24,18 @@ class Bare:
 
     before: str = ""
     labels: int = 0
+    turns: tuple[Mapping[str, str], ...] = ()  # the same, for chat rows
 
     def open(self, models: Mapping[str, Any], ask: Ask | None = None) -> Answers:
         resident = models["base"]
         bare = fresh(resident, None, self.labels if resident.classifier else 0)
-        return Answers(resident, bare.tuned, None, self.before)
+        return Answers(resident, bare.tuned, None, self.told)
+
+    def told(self, row: Row) -> Row:
+        """The row as it is asked."""
+        if row.messages:
+            return replace(row, messages=(*self.turns, *row.messages)) if self.turns else row
+        return replace(row, prompt=self.before + row.prompt) if self.before else row
 
 
 def zero_shot(data: Mapping[str, SiloData]) -> Bare:
@@ -43,11 +50,13 @@ def few_shot(data: Mapping[str, SiloData], count: int, seed: int) -> Bare:
     dice.shuffle(labels)
     examples: list[Row] = []
     for i in range(count):
-        rows = [row for row in data[silos[i % len(silos)]].train if not row.messages and row not in examples]
+        rows = [row for row in data[silos[i % len(silos)]].train if row not in examples]
         wanted = [row for row in rows if not labels or row.answer == labels[i % len(labels)]] or rows
         if wanted:
             examples.append(dice.choice(wanted))
-    return Bare("".join(_shown(row) for row in examples), len(labels))
+    turns = [t for row in examples for t in (*row.messages, {"role": "assistant", "content": row.answer})]
+    chat = tuple(turn for turn in turns if turn["role"] != "system") if examples and examples[0].messages else ()
+    return Bare("" if chat else "".join(_shown(row) for row in examples), len(labels), chat)
 
 
 def pooled(data: Mapping[str, SiloData]) -> dict[str, SiloData]:

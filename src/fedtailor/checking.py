@@ -9,22 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedtailor import answering, find, models, wire
-from fedtailor import data as rows_of
+from fedtailor import find, wire
 from fedtailor.data import SiloData
-from fedtailor.errors import SiloError, UserError
-from fedtailor.experiment import Experiment
+from fedtailor.experiment import Experiment, drawn
+from fedtailor.preparing import prepare
 
 
 def show(experiment: Experiment, out: Console) -> None:
     """Print silos, rows, and per silo the tensors and bytes of a round. Raises UserError for whatever cannot run."""
-    loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
-    experiment.faults.check(loaded.silos)
-    resident = models.load(experiment.model)
+    loaded, resident = prepare(experiment)
     method = experiment.method
-    # first: whether the method fits the model at all
     body = method.example(resident, len(_labels(loaded.silos))) if hasattr(method, "example") else None
-    fits(resident, loaded.silos, taken=getattr(method, "virtual_tokens", 0))
     table = Table("silo", "train", "val", "test", "dropped", title="rows")
     for name, rows in loaded.silos.items():
         table.add_row(
@@ -43,10 +38,11 @@ def show(experiment: Experiment, out: Console) -> None:
     out.print(table)
     size = len(wire.pack(body))
     count = sum(t.numel() for t in wire.tensors_of(body).values())
-    silos = max(1, round(experiment.participation * len(loaded.silos)))
+    silos = drawn(len(loaded.silos), experiment.participation)
     out.print(
         f"{count:,} numbers, about {size:,} bytes up per silo and round; {silos} of {len(loaded.silos)} silos a round, "
-        f"{experiment.rounds} rounds: {size * silos * experiment.rounds:,} bytes up in all",
+        f"{experiment.rounds} rounds: {size * silos * experiment.rounds:,} bytes up in all; and once, before the first, "
+        "the untrained tensors from one silo",
         highlight=False,
     )
     out.print(
@@ -57,20 +53,6 @@ def show(experiment: Experiment, out: Console) -> None:
 
 def _labels(silos: dict[str, SiloData]) -> tuple[str, ...]:
     return next((rows.labels for rows in silos.values() if rows.labels), ())
-
-
-def fits(resident: models.Resident, silos: dict[str, SiloData], taken: int = 0) -> None:
-    """Every row fits the model's context beside `taken` virtual tokens. Raises UserError naming the first that does not."""
-    for name, rows in silos.items():
-        for split in ("train", "val", "test"):
-            part = getattr(rows, split)
-            # a token is at least one byte: only rows that could be too long are tokenized
-            long = [row for row in part if _bytes(row) >= resident.context - taken]
-            try:
-                if long and not resident.classifier:
-                    answering.encode(resident, long, stop=True, taken=taken)
-            except SiloError as error:
-                raise UserError(f"silo {name!r}, {split}: {error}") from error
 
 
 def list_methods(out: Console) -> None:
@@ -94,8 +76,3 @@ def _own(kind: type[Any]) -> list[Any]:
 
 def _default(item: Any) -> str:
     return "(needed)" if item.default is MISSING else repr(item.default)
-
-
-def _bytes(row: rows_of.Row) -> int:
-    turns = sum(len(turn["content"].encode()) + 32 for turn in row.messages)
-    return len(row.prompt.encode()) + len(row.answer.encode()) + turns + 2

@@ -63,6 +63,8 @@ def run(
 
     if file is None and resume is None:
         raise _usage("name an experiment file, or --resume FOLDER")
+    if resume is not None and (folder is not None or (file is None and (sets or seed is not None))):
+        raise _usage("--set, --seed and --out do not go with --resume: a run goes on as it was begun")
     asked = None if file is None else experiment.load(file, sets or [], seed)
     if resume is not None:
         one = runs.resume(resume, asked)
@@ -206,7 +208,7 @@ def _click(error: Exception, debug: bool) -> int:
         return _fail(error.format_message(), 2, debug)
     if isinstance(error, typer.Abort):
         return 130
-    return _fail(f"unexpected {type(error).__name__}: {error} (a bug: run again with --debug to see where)", 1, debug)
+    return _fail(f"unexpected {type(error).__name__}: {error} (a bug: `fedtailor --debug ...` shows where)", 1, debug)
 
 
 def _usage(text: str) -> Exception:

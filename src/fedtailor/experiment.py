@@ -45,7 +45,7 @@ class Experiment:
     model: Base = field(default_factory=Base)
     rounds: Annotated[int, Field(ge=1)] = 4
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the silos drawn each round, at least one
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     rows: tuple[Literal["zero_shot", "few_shot", "alone", "federated", "centralized"], ...] = ROWS  # type: ignore[assignment]
     evaluate: Evaluation = field(default_factory=Evaluation)
     engine: Engine = field(default_factory=Engine)
@@ -120,9 +120,14 @@ def run(
 
 def sampled(silos: Sequence[str], participation: float, seed: int, number: int) -> tuple[str, ...]:
     """This round's silos, in silo order: the same for the same seed and round, on any engine."""
-    count = max(1, round(participation * len(silos)))
+    count = drawn(len(silos), participation)
     chosen = set(random.Random(f"{seed}/{number}").sample(range(len(silos)), count))
     return tuple(name for i, name in enumerate(silos) if i in chosen)
+
+
+def drawn(silos: int, participation: float) -> int:
+    """How many silos a round draws."""
+    return max(1, round(participation * silos))
 
 
 def _ended(
@@ -178,6 +183,7 @@ def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Exper
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from error
     table.setdefault("name", path.stem)
+    table.pop("command", None)  # a run's own experiment.toml says how it was started
     written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
     for text in sets:
         _set(table, text)
@@ -199,7 +205,7 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
             parts[part] = _part(kind, table.get(part, {}), f"{place}: [{part}]", errors)
     parts["method"] = _method(table.get("method"), place, errors)
     if "silo" in rest:
-        _silos(rest["silo"], parts["method"], place, errors)
+        _silos(rest["silo"], parts["data"], parts["method"], place, errors)
     top = {f.name for f in fields(Experiment)}
     for key in [key for key in rest if key not in top]:
         errors.append(f"{place}: no setting {key!r} at the top{suggest(key, top)}")
@@ -260,7 +266,7 @@ def _method(table: Any, place: str, errors: list[str]) -> Any:
     return method
 
 
-def _silos(table: Any, method: Any, place: str, errors: list[str]) -> None:
+def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[str]) -> None:
     """[silo.NAME] tables: data settings, or those method settings that one silo may have for itself."""
     from fedtailor.methods.averaging import per_silo
 
@@ -272,6 +278,11 @@ def _silos(table: Any, method: Any, place: str, errors: list[str]) -> None:
         for key in [k for k in settings if k not in SILO_FIELDS | own]:
             if method is not None:
                 errors.append(f"{where} has no setting {key!r}{suggest(key, SILO_FIELDS | own)}")
+        about_rows = {k: v for k, v in settings.items() if k in SILO_FIELDS}
+        if data is not None and about_rows:
+            # one of answer, label and messages: the silo's own choice replaces that of [data]
+            asked = {"answer": "", "label": "", "messages": ""} if {"answer", "label", "messages"} & set(about_rows) else {}
+            _part(Data, {**asdict(data), **asked, **about_rows}, where, errors)
         mine = {k: v for k, v in settings.items() if k in own}
         if method is not None and mine:
             _part(type(method), {**asdict(method), **mine}, where, errors)

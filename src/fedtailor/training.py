@@ -39,7 +39,7 @@ class Local:
 
 
 @dataclass
-class Progress:
+class Outcome:
     """What local training leaves behind, each with a silo axis."""
 
     tensors: Tensors
@@ -81,7 +81,7 @@ def train(
     silos: Sequence[tuple[SiloData, int]],
     how: Local,
     moments: Sequence[Mapping[str, Tensor]],
-) -> Progress:
+) -> Outcome:
     """`len(how.lrs)` steps for each of the silos (rows, seed) from the same start. `moments`: one per silo, may be empty.
 
     One silo takes the plain step; several take the cohort step. A silo whose loss stops being finite is named in
@@ -132,7 +132,7 @@ def train(
         if failed[s] is None and not all(bool(t[s].isfinite().all()) for t in tensors.values()):
             failed[s] = "the tensors are not finite after the last local step: lower method.lr or method.clip"
     loss = (total / places.clamp(min=1)).tolist()
-    return Progress(tensors, state, loss, places.tolist(), failed)
+    return Outcome(tensors, state, loss, places.tolist(), failed)
 
 
 def _plain(
@@ -224,6 +224,6 @@ def schedule(kind: str, progress: float, warmup: float) -> float:
     return {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[kind]
 
 
-def moments_of(progress: Progress, s: int) -> dict[str, Any]:
+def moments_of(progress: Outcome, s: int) -> dict[str, Any]:
     """One silo's optimizer state, for its memory."""
     return {k: t[s].cpu() for k, t in progress.moments.items()}

@@ -134,6 +134,11 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must be on the disk: a power cut may follow
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

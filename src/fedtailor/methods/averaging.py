@@ -24,8 +24,8 @@ from fedtailor.errors import RunError, SiloError
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors, Tuned
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -164,6 +164,8 @@ class Averaging(Method[State], abc.ABC):
         else:
             replies = [reply.body for reply in ask(train, body)]
             delta = aggregate.find(self.aggregate)([(r.delta, r.weight) for r in replies])
+            if not all(bool(d.isfinite().all()) for d in delta.values()):
+                raise RunError(f"round {ask.round}: method.aggregate = {self.aggregate!r} gave numbers that are not finite")
             loss = math.fsum(r.loss * r.weight for r in replies) / math.fsum(r.weight for r in replies)
         tensors, moments = self.moved(state, delta)
         norm = torch.stack([d.norm() for d in delta.values()]).norm().item()

@@ -1,0 +1,70 @@
+"""What must hold before anything is trained: rows read, the base loaded, and the one fits the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedtailor import answering, baselines, models
+from fedtailor import data as rows_of
+from fedtailor.data import Row, SiloData
+from fedtailor.errors import SiloError, UserError
+from fedtailor.experiment import Experiment
+
+
+def prepare(experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
+    """The first seed's rows, then the base. Raises UserError for whatever can be known to fail later."""
+    loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
+    experiment.faults.check(loaded.silos)
+    classes = any(rows.labels for rows in loaded.silos.values())
+    _measurable(experiment, classes)
+    resident = models.load(experiment.model)
+    _answerable(experiment, resident, classes)
+    if hasattr(experiment.method, "put_on"):
+        experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values()))
+    fits(resident, loaded.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
+    if "few_shot" in experiment.rows and not resident.classifier:
+        examples = baselines.few_shot(loaded.silos, experiment.evaluate.examples, experiment.seeds[0])
+        with_examples = {
+            name: SiloData((), (), tuple(examples.told(row) for row in rows.test)) for name, rows in loaded.silos.items()
+        }
+        count = experiment.evaluate.examples
+        advice = f"the few_shot row puts {count} examples in front: lower evaluate.examples, or leave few_shot out of rows"
+        fits(resident, with_examples, advice=advice)
+    return loaded, resident
+
+
+def fits(
+    resident: models.Resident, silos: Mapping[str, SiloData], taken: int = 0, advice: str = "shorten it or set data.max_words"
+) -> None:
+    """Every row fits the model's context beside `taken` virtual tokens. Raises UserError naming the first that does not."""
+    if resident.classifier:
+        return  # an encoder's texts are cut to fit
+    for name, rows in silos.items():
+        for split in ("train", "val", "test"):
+            # a token is at least one byte: only rows that could be too long are tokenized
+            for row in (row for row in getattr(rows, split) if _bytes(row) >= resident.context - taken):
+                try:
+                    answering.encode(resident, [row], stop=True, taken=taken)
+                except SiloError as error:
+                    raise UserError(f"silo {name!r}, {split}, row {row.id or '?'}: {error}; {advice}") from error
+
+
+def _measurable(experiment: Experiment, classes: bool) -> None:
+    known = ("loss", "accuracy", "macro_f1") if classes else ("loss", "exact_match", "rouge_l", "bleu")
+    if experiment.evaluate.best_by not in known:
+        raise UserError(
+            f"[evaluate] best_by = {experiment.evaluate.best_by!r}: not measured on this task (choices: {', '.join(known)})"
+        )
+
+
+def _answerable(experiment: Experiment, resident: models.Resident, classes: bool) -> None:
+    name = experiment.model.name
+    if resident.classifier and not classes:
+        raise UserError(f"[model] name = {name!r}: an encoder tells labels, it writes no text; set data.label, or a causal model")
+    if experiment.data.messages and not getattr(resident.tokenizer, "chat_template", None):
+        raise UserError(f"[data] messages: {name!r} has no chat template; use template and answer, or a chat model")
+
+
+def _bytes(row: Row) -> int:
+    turns = sum(len(turn["content"].encode()) + 32 for turn in row.messages)
+    return len(row.prompt.encode()) + len(row.answer.encode()) + turns + 2

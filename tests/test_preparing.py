@@ -1,0 +1,88 @@
+"""What is known to fail is told before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtailor.data import Row, SiloData
+from fedtailor.errors import UserError
+from fedtailor.experiment import load
+from fedtailor.models import Resident
+from fedtailor.preparing import fits, prepare
+
+TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
+
+
+def test_rows_too_long_are_found_before_a_run(causal: Resident) -> None:
+    good, long = Row("p", "a", "1"), Row("p" * 600, "a", "row-77")
+    fits(causal, {"fine": SiloData((good,), (good,), (good,))})
+    for split in ("train", "val", "test"):
+        parts = {"train": (good,), "val": (), "test": (), split: (good, long)}
+        with pytest.raises(UserError, match=rf"silo 'far', {split}, row row-77: a row has 603 tokens") as error:
+            fits(causal, {"fine": SiloData((good,), (), ()), "far": SiloData(**parts)})
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_virtual_tokens_take_their_places(causal: Resident, over: int) -> None:
+    row = Row("p" * (512 - 3 - 10 + over), "a", "row-77")  # " a" and the end; 10 virtual tokens
+    silos = {"far": SiloData((row,), (), ())}
+    fits(causal, silos)
+    if over:
+        with pytest.raises(UserError, match="10 of them virtual tokens"):
+            fits(causal, silos, taken=10)
+    else:
+        fits(causal, silos, taken=10)
+
+
+def test_chat_rows_are_measured_with_their_template(causal: Resident) -> None:
+    def chat(size: int) -> dict[str, SiloData]:
+        turns = ({"role": "user", "content": "p" * size},)
+        return {"far": SiloData((Row("", "a", "row-77", turns),), (), ())}
+
+    around = len("user: \nassistant:") + 3
+    fits(causal, chat(512 - around))
+    with pytest.raises(UserError, match="row-77: a row has 513 tokens"):
+        fits(causal, chat(513 - around))
+
+
+def test_an_encoder_cuts_instead(bert: Resident) -> None:
+    fits(bert, {"far": SiloData((Row("p" * 900, "a"),), (), ())})
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["evaluate.best_by=rouge_l"], "best_by = 'rouge_l': not measured on this task .choices: loss, accuracy, macro_f1"),
+        (["faults.nan=['nowhere']"], "no silo 'nowhere'"),
+        (["method.virtual_tokens=600"], "virtual_tokens = 600 leaves no room"),
+        (["evaluate.examples=30"], "few_shot row puts 30 examples in front: lower evaluate.examples"),
+    ],
+)
+def test_what_cannot_run(sets: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare(load(TINY, sets))
+
+
+def test_few_shot_is_measured_only_where_it_is_asked_for() -> None:
+    prepare(load(TINY, ["evaluate.examples=30", 'rows=["federated"]']))
+
+
+def test_an_encoder_needs_labels(monkeypatch: pytest.MonkeyPatch, bert: Resident) -> None:
+    monkeypatch.setattr("fedtailor.models.load", lambda base: bert)
+    asked = ["data.label=", "data.answer=mood"]
+    with pytest.raises(UserError, match="an encoder tells labels, it writes no text"):
+        prepare(load(TINY, asked))
+
+
+def test_chat_rows_need_a_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, causal: Resident) -> None:
+    turns = '[{"role": "user", "content": "hi %d"}, {"role": "assistant", "content": "yes"}]'
+    (tmp_path / "chat.jsonl").write_text("".join(f'{{"m": {turns % i}, "site": "a"}}\n' for i in range(40)))
+    asked = load(TINY, [f"data.source={tmp_path / 'chat.jsonl'}", "data.label=", "data.template=", "data.messages=m"])
+    prepare(asked)
+    monkeypatch.setattr(causal.tokenizer, "chat_template", None)
+    monkeypatch.setattr("fedtailor.models.load", lambda base: causal)
+    with pytest.raises(UserError, match="has no chat template"):
+        prepare(asked)
