@@ -235,7 +235,7 @@ MISTAKES = {
     "a demo set that is none": (["data", "fetch", "sentimnt"], "sentiment"),
     "a packaged model that is none": (["models", "fetch", "minilmm"], "did you mean 'minilm'"),
     "a fault at a silo that is not there": (["run", TINY, *FEDERATED, *sets("faults.nan=['shpo']")], "did you mean 'shop'"),
-    "more virtual tokens than fit": (["run", TINY, *FEDERATED, *sets("method.virtual_tokens=600")], "virtual_tokens = 600 leaves no room"),
+    "more virtual tokens than fit": (["run", TINY, *sets("method.virtual_tokens=600")], "virtual_tokens = 600 leaves no room"),
 }  # fmt: skip
 
 
