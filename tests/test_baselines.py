@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -121,3 +122,16 @@ def test_a_sample_of_a_chat_shows_its_last_turn(llama: Resident) -> None:
 def test_a_bare_encoder_finds_all_labels_alike(bert: Resident, labels: int) -> None:
     scores = Bare(labels=labels).open({"base": bert}).scores([Row("abc", "x")], ["x", "y", "z"][:labels])
     assert scores.exp().tolist()[0] == pytest.approx([1 / labels] * labels)
+
+
+def test_a_few_shot_answer_ends_where_the_next_example_would_begin(llama: Resident, written: Silos) -> None:
+    """The rest of what the model says is no part of its answer."""
+    served = few_shot(written, 3, 0)
+    rows = list(written["zoo"].test) or list(written["zoo"].train)
+    model = served.open({"base": llama})
+    assert model.until == "\n\n"
+    whole = replace(model, until="").generate(rows, max_new_tokens=24)
+    letter = next(text[3] for text in whole if len(text) > 4 and text[3].strip())
+    cut = replace(model, until=letter).generate(rows, max_new_tokens=24)
+    assert cut == [text.split(letter)[0].strip() for text in whole]
+    assert cut != whole

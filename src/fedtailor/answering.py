@@ -100,6 +100,7 @@ class Answers:
     resident: Resident
     tuned: Tuned
     tensors: Mapping[str, Tensor] | None = None  # None: the base as it stands
+    until: str = ""  # where this begins, generated text ends: what stands between few-shot examples
     told: Callable[[Row], Row] = lambda row: row  # how a row is asked: few-shot examples or an instruction in front
 
     @torch.no_grad()
@@ -156,7 +157,8 @@ class Answers:
             tokens = list(zip(*self._steps(some, max_new_tokens, temperature, top_p, draw), strict=True))
             for i, row in zip(chosen, tokens or [()] * len(chosen), strict=True):
                 kept = row[: row.index(None)] if None in row else row
-                texts_[i] = self.resident.tokenizer.decode(list(kept), skip_special_tokens=True).strip()
+                text = self.resident.tokenizer.decode(list(kept), skip_special_tokens=True).strip()
+                texts_[i] = text.split(self.until)[0].strip() if self.until else text
         return [texts_[i] for i in range(len(items))]
 
     def stream(self, row: Row, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:

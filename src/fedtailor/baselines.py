@@ -16,6 +16,7 @@ from fedtailor.core import Ask
 from fedtailor.data import Row, SiloData
 
 POOLED = "all_silos"
+BETWEEN = "\n\n"  # after each few-shot example: a model that goes on to the next one has ended its answer
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Bare:
     def open(self, models: Mapping[str, Any], ask: Ask | None = None) -> Answers:
         resident = models["base"]
         bare = fresh(resident, None, self.labels if resident.classifier else 0)
-        return Answers(resident, bare.tuned, None, self.told)
+        return Answers(resident, bare.tuned, None, BETWEEN if self.before else "", self.told)
 
     def told(self, row: Row) -> Row:
         """The row as it is asked."""
@@ -78,7 +79,7 @@ def _labels(data: Mapping[str, SiloData]) -> tuple[str, ...]:
 
 def _shown(row: Row) -> str:
     joint = "" if row.prompt[-1:].isspace() else " "
-    return f"{row.prompt}{joint}{row.answer}\n\n"
+    return f"{row.prompt}{joint}{row.answer}{BETWEEN}"
 
 
 def samples(model: Answers, data: Mapping[str, SiloData], count: int, max_new_tokens: int) -> Sequence[dict[str, str]]:
