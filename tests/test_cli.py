@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -409,7 +410,11 @@ def test_a_full_device_says_what_to_do_and_leaves_the_old_file(fedtailor: Comman
 def test_ctrl_c_stops_cleanly_and_the_run_goes_on(fedtailor: Command, tmp_path: Path) -> None:
     arguments = ["run", str(TINY), *FEDERATED, "--out", "cut off", "--set", "rounds=2000"]
     pipe = subprocess.PIPE
-    child = subprocess.Popen([*PROCESS, *arguments], cwd=tmp_path, env=SLIM, stderr=pipe, stdout=pipe, text=True)
+    # a shell starts its background jobs with SIGINT ignored, and children inherit that: this one must hear it
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = subprocess.Popen(
+        [*PROCESS, *arguments], cwd=tmp_path, env=SLIM, stderr=pipe, stdout=pipe, text=True, preexec_fn=hears
+    )
     log = tmp_path / "cut off" / "rows" / "federated" / "rounds.jsonl"
     while child.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 3):
         time.sleep(0.01)
