@@ -142,9 +142,21 @@ ONE_EACH = {
     ),
     "a silo that is a number": (changed(silo={"north": 5}), "silo.north: Input should be a valid dictionary, not 5"),
     "silos that are a number": (changed(silo=5), "silo: Input should be a valid dictionary, not 5"),
+    "a misspelt setting of a baseline": (
+        changed(baseline={"alone": {"lrr": 0.1}}),
+        "[baseline.alone] has no setting 'lrr'; did you mean 'lr'?",
+    ),
+    "a baseline's setting out of range": (
+        changed(baseline={"centralized": {"lr": -1}}),
+        "[baseline.centralized] lr: Input should be greater than 0, not -1",
+    ),
+    "a baseline that trains nothing": (
+        changed(baseline={"few_shot": {"lr": 0.1}}),
+        "baseline.few_shot.[key]: Input should be 'alone' or 'centralized', not 'few_shot'",
+    ),
     "an unknown part": (
         changed(enginge={}),
-        "no setting 'enginge' at the top; did you mean 'engine'? (choices: data, ",
+        "no setting 'enginge' at the top; did you mean 'engine'? (choices: baseline, data, ",
     ),
     "a metric that is none": (changed(evaluate={"best_by": "acuracy"}), "[evaluate] best_by: "),
     "a limit that none can meet": (
@@ -159,6 +171,13 @@ def test_each_error_is_one_line_with_place_value_and_choices(table: dict[str, An
     told = errors(table)
     assert len(told) == 1, told
     assert told[0].startswith(said), told[0]
+
+
+def test_a_baseline_may_be_trained_at_its_own_rate() -> None:
+    found = parse(changed(baseline={"centralized": {"lr": "0.5", "local_steps": 3}}), "x.toml")
+    assert found.method_of("centralized") == replace(found.method, lr=0.5, local_steps=3)
+    assert found.method_of("alone") is found.method_of("federated") is found.method
+    assert parse(as_table(found), "y.toml").method_of("centralized") == found.method_of("centralized")
 
 
 def test_a_silo_may_have_settings_of_its_own() -> None:

@@ -434,6 +434,12 @@ def test_centralized_sees_as_many_rows_as_federated_when_few_take_part(tmp_path:
     assert memory["moments"]["step"].item() == 2 * 2 * 1, "rounds x local steps x silos of a round"
 
 
+def test_a_baseline_trains_at_its_own_settings(tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    rows = conduct(tmp_path, 'rows=["alone", "centralized"]', "baseline.centralized.lr=0.5")["rows"]
+    assert rows["alone"]["loss"] == whole[1]["rows"]["alone"]["loss"]
+    assert rows["centralized"]["loss"] != whole[1]["rows"]["centralized"]["loss"]
+
+
 def test_a_resume_on_another_base_is_refused(tmp_path: Path) -> None:
     one = runs.begin(asked(FEDERATED), tmp_path, "")
     one.conduct()

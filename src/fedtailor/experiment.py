@@ -23,6 +23,7 @@ from fedtailor.faults import Faults
 from fedtailor.generations import Best, Generations
 from fedtailor.models import Base
 
+Trained = Literal["alone", "centralized"]
 ROWS = ("zero_shot", "few_shot", "alone", "federated", "centralized")
 
 
@@ -51,6 +52,7 @@ class Experiment:
     engine: Engine = field(default_factory=Engine)
     faults: Faults = field(default_factory=Faults)
     silo: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # [silo.NAME]: what one silo does differently
+    baseline: Mapping[Trained, Mapping[str, Any]] = field(default_factory=dict)  # [baseline.ROW]: its own [method] settings
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[^./\\][^/\\]*", self.name):
@@ -58,6 +60,11 @@ class Experiment:
         for what, given in (("seeds", self.seeds), ("rows", self.rows)):
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{what} must be one or more, all different, not {list(given)}")
+
+    def method_of(self, row: str) -> Any:
+        """The method as that row trains it: a baseline may have, say, a learning rate that is best for itself."""
+        own: Mapping[str, Any] = dict(self.baseline).get(row, {})  # type: ignore[call-overload]
+        return TypeAdapter(type(self.method)).validate_python({**asdict(self.method), **own}) if own else self.method
 
 
 class Running(Protocol):
@@ -206,6 +213,11 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
     parts["method"] = _method(table.get("method"), place, errors)
     if "silo" in rest:
         _silos(rest["silo"], parts["data"], parts["method"], place, errors)
+    if parts["method"] is not None and isinstance(rest.get("baseline"), Mapping):
+        for row, settings in rest["baseline"].items():
+            if isinstance(settings, Mapping):  # else told by the schema
+                kind = type(parts["method"])
+                _part(kind, {**asdict(parts["method"]), **settings}, f"{place}: [baseline.{row}]", errors)
     top = {f.name for f in fields(Experiment)}
     for key in [key for key in rest if key not in top]:
         errors.append(f"{place}: no setting {key!r} at the top{suggest(key, top)}")

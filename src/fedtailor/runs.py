@@ -166,7 +166,7 @@ class Seed:
             return self._alone()
         folder = self.folder / "rows" / row
         if row == "centralized":
-            method = experiment.method.pooled(drawn(len(self.data), experiment.participation))
+            method = experiment.method_of(row).pooled(drawn(len(self.data), experiment.participation))
             return self._trained(folder, baselines.pooled(self.data), method)
         return self._trained(folder, self.data, experiment.method, federated=True)
 
@@ -212,7 +212,8 @@ class Seed:
             file = folder / "row.json"
             if not file.exists():
                 progress.line(f"alone: {silo} ...")
-                _write_json(file, self._trained(folder, baselines.alone(self.data, silo), self.run.experiment.method))
+                method = self.run.experiment.method_of("alone")
+                _write_json(file, self._trained(folder, baselines.alone(self.data, silo), method))
             parts[silo] = _read_json(file)
         names = {
             name
