@@ -239,6 +239,15 @@ def test_faults_strike_the_federated_row_alone(tmp_path: Path) -> None:
     assert all(math.isfinite(result["rows"][row]["loss"]["mean"]) for row in result["rows"])
 
 
+@pytest.mark.parametrize(("limit", "same"), [("data.max_val=1", True), ("data.max_test=1", False)])
+def test_zero_shot_is_not_done_again_where_no_seed_can_change_it(tmp_path: Path, limit: str, same: bool) -> None:
+    """Another seed draws other validation rows, which zero-shot never sees, or other test rows, which it does."""
+    conduct(tmp_path, 'rows=["zero_shot"]', "seeds=[3, 5]", limit)
+    one, other = (json.loads((tmp_path / f"seed-{s}/rows/zero_shot/row.json").read_text()) for s in (3, 5))
+    assert (one["evaluation_seconds"] == other["evaluation_seconds"]) == same
+    assert (one["loss"] == other["loss"]) == same
+
+
 def test_several_seeds_are_merged(tmp_path: Path) -> None:
     result = conduct(tmp_path, 'rows=["zero_shot", "federated"]', "seeds=[3, 5]")
     parts = {seed: json.loads((tmp_path / f"seed-{seed}" / "result.json").read_text()) for seed in (3, 5)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -152,7 +152,7 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int) -> L
                 f"[data] source {table.name}: no silo has a row in {part}; add rows, or raise {part}_fraction (now "
                 f"{fraction}), or set it to 0 to go without"
             )
-    return Loaded(silos, _sha256(silos), dropped)
+    return Loaded(silos, sha256(silos), dropped)
 
 
 def _splitter(data: Data, table: Table) -> Callable[[Data, int], str]:
@@ -271,9 +271,10 @@ def _no_training(name: str, found: Mapping[str, int], dropped: int, limit: int |
     )
 
 
-def _sha256(silos: Mapping[str, SiloData]) -> str:
+def sha256(silos: Mapping[str, SiloData], parts: Sequence[str] = ("train", "val", "test")) -> str:
+    """Of the rows in these parts, with names and labels."""
     whole = hashlib.sha256()
     for name, silo in silos.items():
-        for part in ("train", "val", "test"):
+        for part in parts:
             whole.update(rows.digest(name, part, silo.labels, [astuple(row) for row in getattr(silo, part)]).encode())
     return whole.hexdigest()

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Run:
                 self._same_data(seed, loaded.sha256)
                 here = self.folder if len(seeds) == 1 else self.folder / f"seed-{seed}"
                 before = [self.folder / f"seed-{s}" for s in seeds[: seeds.index(seed)]]
-                one = Seed(self, seed, here, resident, loaded.silos, loaded.sha256, before)
+                one = Seed(self, seed, here, resident, loaded.silos, before)
                 results[seed] = one.conduct()
                 environment = self._environment(resident, loaded.sha256)
                 if len(seeds) > 1:
@@ -130,7 +131,6 @@ class Seed:
     folder: Path
     resident: models.Resident
     data: dict[str, SiloData]
-    data_sha256: str
     before: Sequence[Path]  # folders of earlier seeds: rows that no seed can change are taken from there
 
     def conduct(self) -> dict[str, Any]:
@@ -143,15 +143,19 @@ class Seed:
             if not file.exists():
                 progress.line(f"{row}{'' if len(experiment.seeds) == 1 else f' (seed {self.seed})'} ...")
                 file.parent.mkdir(parents=True, exist_ok=True)
-                _write_json(file, {"data_sha256": self.data_sha256, **self._row(row)})
+                _write_json(file, {"test_sha256": self._test_sha256, **self._row(row)})
             found[row] = _read_json(file)
-            found[row].pop("data_sha256")
+            found[row].pop("test_sha256", None)
         return found
+
+    @cached_property
+    def _test_sha256(self) -> str:
+        return rows_of.sha256(self.data, ("test",))
 
     def _taken(self, file: Path) -> None:
         for earlier in self.before:
             other = earlier / "rows" / "zero_shot" / "row.json"
-            if other.exists() and json.loads(other.read_text())["data_sha256"] == self.data_sha256:
+            if other.exists() and _read_json(other).get("test_sha256") == self._test_sha256:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(other, file)
 
