@@ -160,6 +160,22 @@ def report_command(folder: Annotated[Path, typer.Argument(help="a run's folder")
 
 
 @app.command()
+def silo(
+    config: Annotated[Path, typer.Option("--config", help="silo.toml: its name, its data, its limits")] = Path("silo.toml"),
+) -> None:
+    """Run a silo's worker: it holds the base model, the rows and the memory, and answers until it is stopped."""
+    import logging
+    import signal
+
+    from fedtailor.engines import site, worker
+
+    one = worker.Worker(site.read(config))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    one.serve()
+
+
+@app.command()
 def chat(
     folder: Annotated[Path, typer.Argument(help="a finished run's folder")],
     temperature: Annotated[float, typer.Option(help="0: always the likeliest word")] = 0.0,

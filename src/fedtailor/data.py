@@ -112,7 +112,7 @@ class Loaded:
     dropped: dict[str, int]  # by silo: rows with more than max_words words
 
 
-def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int) -> Loaded:
+def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owner: str = "") -> Loaded:
     """The rows of every silo. `overrides` holds the [silo.NAME] tables: their `SILO_FIELDS` replace those of `data` for
     that silo, and all keys that are no field of `Data` end in its `settings`.
 
@@ -126,7 +126,7 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int) -> L
     table = sources.read(data.source, config=data.config, revision=data.revision, split_column=data.split_column)
     rows.need_columns("[data]", data, table)
     split = _splitter(data, table)
-    members = _members(data, table, split, seed)
+    members = {owner: list(range(len(table.rows)))} if owner else _members(data, table, split, seed)
     for name in overrides:
         if name not in members:
             raise UserError(f"[silo.{name}]: the data has no silo of this name{suggest(name, members)}")

@@ -73,10 +73,10 @@ class Running(Protocol):
     silos: tuple[str, ...]
     rejected: list[tuple[int, str, str]]
     traffic: Any
-    desks: dict[str, Any]
 
     def reach(self, number: int, silos: Sequence[str] | None = None, *, disturbed: bool = True) -> Ask: ...
-    def commit(self) -> list[str]: ...
+    def commit(self) -> Mapping[str, dict[str, Any]]: ...  # the memories that a round changed; none where silos keep them
+    def restore(self, number: int, memories: Mapping[str, dict[str, Any]]) -> None: ...  # as of the commit of round `number`
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def run(
     if kept is not None:
         generation, memories, best = kept
         done, state, log = generation.round, generation.state, list(generation.log)
-        for name, memory in memories.items():
-            engine.desks[name].memory = memory
+        engine.restore(done, memories)
     else:
         began = time.perf_counter()
         done, best, state = 0, None, method.begin(engine.reach(0, disturbed=False))
@@ -168,9 +167,9 @@ def _ended(
 def _commit(
     engine: Running, keep: Generations | None, number: int, state: Any, best: Best | None, log: list[dict[str, Any]]
 ) -> None:
-    took_part = engine.commit()
+    memories = engine.commit()
     if keep is not None:
-        keep.commit(number, state, {name: engine.desks[name].memory for name in took_part}, best, log)
+        keep.commit(number, state, memories, best, log)
 
 
 def _told(entry: Mapping[str, Any], rounds: int) -> str:

@@ -120,6 +120,11 @@ def load(base: Base) -> Resident:
     return _load(base.name, best_dtype() if base.dtype == "auto" else base.dtype, base.revision)
 
 
+def loads() -> int:
+    """How many bases this process has loaded so far."""
+    return _load.cache_info().misses
+
+
 def best_dtype() -> Literal["float32", "bfloat16"]:
     """bfloat16 where it is computed natively, which is about twice as fast; elsewhere it would be emulated."""
     if torch.cuda.is_available():

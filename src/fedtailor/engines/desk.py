@@ -24,6 +24,7 @@ class Request:
     index: int  # of the ask within its round
     work: str  # "module:name"
     body: bytes
+    committed: int = -1  # the last round that the server has committed: what was open of it is final
 
     def id(self, silo: str) -> str:
         place = f"{self.run}\n{self.round}\n{self.index}\n{silo}\n{self.work}\n".encode()
@@ -31,7 +32,9 @@ class Request:
 
 
 @dataclass
-class _Done:
+class Done:
+    """One request of the open round that was answered."""
+
     id: str
     reply: bytes | None
     memory: dict[str, Any] | None  # after this request; None: as before it
@@ -48,7 +51,7 @@ class Desk:
     repeats: bool = True  # a request may come twice, as over a network: then replies are held until the commit
     memory: dict[str, Any] = field(default_factory=dict)  # as of the last commit
     round: int = 0
-    done: list[_Done] = field(default_factory=list)  # by ask index of the open round
+    done: list[Done] = field(default_factory=list)  # by ask index of the open round
 
     def recorded(self, request: Request) -> bytes | None:
         """The reply given to this very request, if it was given in the open round."""
@@ -56,18 +59,25 @@ class Desk:
         return known[0] if known and request.round == self.round else None
 
     def silo(self, request: Request, *, remembers: bool) -> Silo:
-        """The view for a new request, with a copy of the memory as it was before it. What came after is forgotten."""
+        """The view for a new request, with a copy of the memory as it was before it. What came after is forgotten.
+
+        Raises SiloError for a message of a round that is over: a late copy must not undo what came after it.
+        """
+        if request.committed >= self.round:
+            self.commit(self.round)
+        if self.repeats and request.round < self.round:
+            raise SiloError(f"a request of round {request.round} came late: this silo is at round {self.round}")
         if request.round != self.round:
             self.round, self.done = request.round, []  # the open round was never committed: it did not happen
         del self.done[request.index :]
         while len(self.done) < request.index:  # asks that went to other silos
-            self.done.append(_Done("", b"", None))
+            self.done.append(Done("", b"", None))
         seed = seed_of(self.seed, self.name, request.round, request.index)
         memory = copy.deepcopy(self._latest()) if remembers else {}
         return Silo(self.name, self.data, self.models, seed, memory)
 
     def record(self, request: Request, reply: bytes, memory: dict[str, Any] | None) -> None:
-        self.done.append(_Done(request.id(self.name), reply if self.repeats else None, memory))
+        self.done.append(Done(request.id(self.name), reply if self.repeats else None, memory))
 
     def commit(self, number: int) -> bool:
         """Make round `number`'s memory final; what another, abandoned round left is forgotten. Whether it may have changed."""

@@ -1,0 +1,100 @@
+"""What carries messages between the server program and the workers of the silos; and the plainest: unix sockets.
+
+A courier knows heads and bytes, no methods, no rounds. It may lose any message: who asks, asks again.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedtailor.engines import frames
+from fedtailor.errors import UserError
+
+Head = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back from one silo: a message, or why none did."""
+
+    silo: str
+    head: Head = field(default_factory=dict)
+    body: bytes = b""
+    lost: str = ""
+
+
+class Courier(Protocol):
+    silos: tuple[str, ...]  # whom it can reach, in order
+
+    def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
+        """The same message to several silos; one Answer each, as they come, within `timeout` seconds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Workers of this machine, by the unix sockets they listen on."""
+
+    paths: Mapping[str, Path]
+
+    @property
+    def silos(self) -> tuple[str, ...]:
+        return tuple(sorted(self.paths))
+
+    def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
+        pool = ThreadPoolExecutor(max_workers=max(1, len(to)))
+        try:
+            for done in as_completed([pool.submit(self._one, silo, head, body, timeout) for silo in to]):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _one(self, silo: str, head: Head, body: bytes, timeout: float) -> Answer:
+        try:
+            with connect(self.paths[silo], timeout) as link:
+                frames.send(link, head, body)
+                return Answer(silo, *frames.receive(link))
+        except TimeoutError:
+            return Answer(silo, lost=f"no reply within {timeout:.3g} s")
+        except (OSError, frames.FrameError) as error:
+            return Answer(silo, lost=f"its worker cannot be reached: {error}")
+
+
+def connect(path: Path, timeout: float) -> socket.socket:
+    """A link to a worker. It waits no longer than `timeout` in all: each wait takes what is left."""
+    link = Link(socket.AF_UNIX, socket.SOCK_STREAM)
+    link.until(timeout)
+    try:
+        link.connect(address(path))
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+class Link(socket.socket):
+    """A socket whose waits share one time limit."""
+
+    end = 0.0
+
+    def until(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.settimeout(seconds)
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(max(0.001, self.end - time.monotonic()))
+        return super().recv_into(*args)
+
+
+def address(path: Path) -> str:
+    """The socket's path as the system takes it. Raises UserError where it is too long for a unix socket (104 bytes)."""
+    text = str(path)
+    if len(text.encode()) > 103:
+        raise UserError(f"{path}: too long for a socket's path (103 bytes at most); choose a folder nearer to the root")
+    return text

@@ -1,0 +1,130 @@
+"""The server's side of any engine: one `Ask` for all of them. Replies are checked, faults injected, rejections named.
+
+An engine only carries: `carry(request, to, deadline)` yields what arrived, in any order a silo may be late in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedtailor import progress, wire
+from fedtailor.core import Reply, Total
+from fedtailor.engines.desk import Request, seed_of
+from fedtailor.errors import RunError
+from fedtailor.faults import Faults
+
+Record = Callable[[str, str, bytes], None]  # silo, "down" or "up", bytes
+
+
+@dataclass
+class Traffic:
+    """Bytes of bodies on the wire since the last `take`."""
+
+    up: int = 0
+    down: int = 0
+
+    def take(self) -> tuple[int, int]:
+        up, down, self.up, self.down = self.up, self.down, 0, 0
+        return up, down
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What came of asking one silo: a packed reply, or why there is none to use."""
+
+    silo: str
+    reply: bytes = b""
+    missing: str = ""
+
+
+class Carrier(Protocol):
+    """What `Reach` needs of an engine."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+    faults: Faults
+    rejected: list[tuple[int, str, str]]  # round, silo, reason
+
+    def next_index(self, number: int) -> int: ...  # of the ask within its round
+    def carry(self, request: Request, to: tuple[str, ...], deadline: float | None) -> Iterator[Arrival]: ...
+
+
+@dataclass
+class Reach:
+    """An `Ask`: one engine, one round, the silos it reaches. Faults strike only where `disturbed`."""
+
+    engine: Carrier
+    silos: tuple[str, ...]
+    round: int
+    rounds: int
+    disturbed: bool
+
+    def __call__(
+        self, work: Any, body: Any, *, to: Sequence[str] | None = None, deadline: float | None = None
+    ) -> Iterator[Reply[Any]]:
+        request = Request(
+            self.engine.run, self.round, self.engine.next_index(self.round), wire.address(work), wire.pack(body)
+        )
+        wire.find_work(request.work)  # before any silo is asked: closures, methods and unmarked functions are refused
+        return self._checked(request, body, self.silos if to is None else tuple(to), deadline)
+
+    def total(
+        self, work: Any, body: Any, *, to: Sequence[str] | None = None, deadline: float | None = None
+    ) -> Total[Any]:
+        summed: Any = None
+        names: list[str] = []
+        for reply in self(work, body, to=to, deadline=deadline):
+            summed = wire.summed(reply.body, reply.body.weight, summed)
+            names.append(reply.silo)
+        if summed is None:
+            raise RunError(f"round {self.round}: a total over no silo at all")
+        return Total(summed, summed.weight, tuple(names))
+
+    def _checked(
+        self, request: Request, asked: Any, to: tuple[str, ...], deadline: float | None
+    ) -> Iterator[Reply[Any]]:
+        """Replies that can be used. Others are rejected by name. Raises RunError when none can."""
+        used, why, missing = 0, [], dict.fromkeys(to, "no reply arrived")
+        replies = self._arrived(request, to, deadline, missing)
+        if self.disturbed:
+            seed = seed_of(self.engine.seed, "faults", request.round, request.index)
+            replies = self.engine.faults.inject(replies, seed)
+        for reply in replies:
+            del missing[reply.silo]
+            if (problem := _problem(reply.body, asked)) is not None:
+                why.append(f"{reply.silo}: {problem}")
+                self.engine.rejected.append((request.round, reply.silo, problem))
+                progress.line(f"round {request.round}: reply of {reply.silo} rejected: {problem}")
+                continue
+            used += 1
+            yield reply
+        for name, reason in missing.items():
+            why.append(f"{name}: {reason}")
+            self.engine.rejected.append((request.round, name, reason))
+        if not used and to:
+            raise RunError(f"round {request.round}: no reply of {len(to)} silos could be used; {'; '.join(why[:3])}")
+
+    def _arrived(
+        self, request: Request, to: tuple[str, ...], deadline: float | None, missing: dict[str, str]
+    ) -> Iterator[Reply[Any]]:
+        """Replies as the engine brings them; why there is none is said in `missing`."""
+        with progress.bar(f"round {request.round} {request.work.rpartition(':')[2]}", len(to)) as advance:
+            for arrival in self.engine.carry(request, to, deadline):
+                advance()
+                if arrival.missing:
+                    missing[arrival.silo] = arrival.missing
+                    continue
+                yield Reply(arrival.silo, wire.unpack(arrival.reply))
+
+
+def _problem(body: Any, asked: Any) -> str | None:
+    """Why this body must not be used: the silo failed, or what the body itself checks, or a number that is none."""
+    if isinstance(body, wire.Failure):
+        return body.error
+    found: str | None = body.problem(asked) if hasattr(body, "problem") else wire.not_finite(body)
+    return found

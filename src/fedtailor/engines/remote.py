@@ -1,0 +1,157 @@
+"""Silos in processes of their own: an engine over any courier. The same `Reach` as in one process.
+
+Every silo keeps its own memory, so a commit here is the server's state alone; each request says which round was
+committed last, and a silo then takes what it has open of that round as final. What is lost on the way is asked again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedtailor import progress, wire
+from fedtailor.engines.courier import Answer, Courier
+from fedtailor.engines.desk import Request
+from fedtailor.engines.reach import Arrival, Reach, Record, Traffic
+from fedtailor.engines.worker import Open, Opened
+from fedtailor.errors import RunError
+from fedtailor.faults import Faults
+
+PAUSE = (0.1, 10.0)  # seconds before a lost message is sent again: the first time, and at most; doubled in between
+
+
+@dataclass
+class Remote:
+    """An engine over workers that a courier reaches.
+
+    deadline: seconds that one exchange may take, all repeats included. minimum: replies without which a round fails.
+    model_sha256: of the base that all must compute with; "": that of the first silo that opens.
+    """
+
+    courier: Courier
+    opening: Open
+    rounds: int = 1
+    deadline: float = 3600.0
+    minimum: int = 1
+    model_sha256: str = ""
+    faults: Faults = field(default_factory=Faults)
+    record: Record | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+    rejected: list[tuple[int, str, str]] = field(default_factory=list)
+    opened: dict[str, Opened] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.silos = tuple(self.courier.silos)
+        self._place = (-1, 0)  # round, next ask index
+        self._committed = -1
+
+    @property
+    def run(self) -> str:
+        return self.opening.run
+
+    @property
+    def seed(self) -> int:
+        return self.opening.seed
+
+    def reach(self, number: int, silos: Sequence[str] | None = None, *, disturbed: bool = True) -> Reach:
+        """The `Ask` of round `number` over these silos (None: all); faults strike only where `disturbed`."""
+        return Reach(self, self.silos if silos is None else tuple(silos), number, self.rounds, disturbed)
+
+    def commit(self) -> dict[str, dict[str, Any]]:
+        """The round has happened. Silos are told with the next request; their memories stay with them."""
+        self._committed, self._place = max(self._committed, self._place[0]), (-1, 0)
+        return {}
+
+    def restore(self, number: int, memories: Mapping[str, dict[str, Any]]) -> None:
+        """An earlier process committed round `number`."""
+        self._committed = number
+
+    def next_index(self, number: int) -> int:
+        self._place = (number, self._place[1] + 1 if self._place[0] == number else 0)
+        return self._place[1]
+
+    def carry(self, request: Request, to: tuple[str, ...], deadline: float | None) -> Iterator[Arrival]:
+        """In silo order, each as soon as those before it are settled."""
+        request = replace(request, committed=self._committed)
+        came: dict[str, Arrival] = {}
+        queue = list(to)
+        for arrival in self._gathered(request, to, self.deadline if deadline is None else deadline):
+            came[arrival.silo] = arrival
+            while queue and queue[0] in came:
+                yield came.pop(queue.pop(0))
+        usable = len(to) - sum(bool(arrival.missing) for arrival in came.values())
+        yield from (came[silo] for silo in queue)
+        if usable < min(self.minimum, len(to)):
+            raise RunError(f"round {request.round}: {usable} replies, fewer than engine.minimum = {self.minimum}")
+
+    def _gathered(self, request: Request, to: Sequence[str], seconds: float) -> Iterator[Arrival]:
+        """One arrival for each silo. Lost messages are sent again, later and later, until the time is up."""
+        end, pause, waiting = time.monotonic() + seconds, PAUSE[0], list(to)
+        why: dict[str, str] = {}
+        head = {"kind": "ask", "run": request.run, "round": request.round, "index": request.index, "work": request.work,
+                "committed": request.committed}  # fmt: skip
+        while waiting:
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            refused = self._open([silo for silo in waiting if silo not in self.opened], left)
+            for silo, reason in refused.items():
+                waiting.remove(silo)
+                yield Arrival(silo, missing=reason)
+            ready = [silo for silo in waiting if silo in self.opened]
+            for answer in self.courier.exchange(ready, head, request.body, max(0.001, end - time.monotonic())):
+                self.traffic.down += len(request.body)
+                self._noted(answer.silo, "down", request.body)
+                if (arrival := self._arrival(answer, request, why)) is not None:
+                    waiting.remove(answer.silo)
+                    yield arrival
+            if waiting and end - time.monotonic() > 0:
+                time.sleep(min(pause, max(0.0, end - time.monotonic())))
+                pause = min(2 * pause, PAUSE[1])
+        for silo in waiting:
+            yield Arrival(silo, missing=why.get(silo, f"no reply within {seconds:.3g} s"))
+
+    def _arrival(self, answer: Answer, request: Request, why: dict[str, str]) -> Arrival | None:
+        """What an answer means; None: ask again."""
+        kind = answer.head.get("kind")
+        if answer.lost:
+            why[answer.silo] = answer.lost
+        elif kind == "unknown":  # the worker came back without this run in its memory
+            self.opened.pop(answer.silo, None)
+        elif kind == "refused":
+            return Arrival(answer.silo, missing=str(answer.head.get("why"))[:500])
+        elif kind == "reply" and answer.head.get("id") == request.id(answer.silo):
+            self.traffic.up += len(answer.body)
+            self._noted(answer.silo, "up", answer.body)
+            return Arrival(answer.silo, answer.body)
+        else:
+            why[answer.silo] = f"answered {kind!r} to another request than this"
+        return None
+
+    def _open(self, silos: Sequence[str], seconds: float) -> dict[str, str]:
+        """Tell these silos of the run. Returns why some may not take part."""
+        refused: dict[str, str] = {}
+        body = wire.pack(self.opening)
+        for answer in self.courier.exchange(silos, {"kind": "open"}, body, seconds) if silos else ():
+            if answer.lost:
+                continue
+            if answer.head.get("kind") != "opened":
+                refused[answer.silo] = str(answer.head.get("why"))[:500]
+                continue
+            found = wire.unpack(answer.body)
+            self.model_sha256 = self.model_sha256 or found.model_sha256
+            if found.model_sha256 != self.model_sha256:
+                refused[answer.silo] = (
+                    f"its base model is another one (sha256 {found.model_sha256[:12]}, asked {self.model_sha256[:12]})"
+                )
+                continue
+            self.opened[answer.silo] = found
+        for silo, why in refused.items():
+            progress.line(f"{silo} cannot take part: {why}")
+        return refused
+
+    def _noted(self, silo: str, direction: str, body: bytes) -> None:
+        if self.record is not None:
+            self.record(silo, direction, body)

@@ -1,0 +1,80 @@
+"""silo.toml: what a silo says of itself. Its own data file, columns and limits; nothing of it is sent.
+
+    name = "north"
+    [data]                          # laid over the experiment's [data], for this silo alone
+    source = "visits.jsonl"         # beside this file; all its rows are this silo's, unless silo_column is set here
+    template = "{note}\\nUrgency:"   # where the columns are called otherwise
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from fedtailor import data as rows_of
+from fedtailor.data import SILO_FIELDS, Data, SiloData
+from fedtailor.errors import UserError, suggest
+from fedtailor.models import Base
+
+OWN = SILO_FIELDS | {"source", "config", "revision", "silo_column", "split_column"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """The settings of one silo's worker."""
+
+    name: str  # as the federation knows it
+    folder: Path = Path("silo")  # memory, log and socket; readable by the owner alone
+    data: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)  # the experiment's name of a base -> a local folder
+    allow: tuple[str, ...] = ()  # packages besides fedtailor whose methods may run here
+    body_limit: Annotated[int, Field(gt=0)] = 4 * 1024**3  # bytes of one message; a larger one is refused unread
+
+    def rows(self, asked: Data, settings: Mapping[str, Any], seed: int) -> SiloData:
+        """This silo's rows, read as the experiment asks, with its own settings over it. Raises UserError on a misfit."""
+        alone = "source" in self.data and "silo_column" not in self.data
+        all_mine = {"partition": "column", "silos": None, "silo_column": self.name} if alone else {}
+        mine: Data = _checked(Data, {**asdict(asked), **self.data, **all_mine}, "[data]")
+        overrides = {k: v for k, v in settings.items() if k not in self.data}
+        loaded = rows_of.load(mine, {self.name: overrides} if overrides else {}, seed, owner=self.name if alone else "")
+        if self.name not in loaded.silos:
+            raise UserError(f"[data]: no row is silo {self.name!r}'s{suggest(self.name, loaded.silos)}")
+        return loaded.silos[self.name]
+
+    def base(self, asked: Base) -> Base:
+        return replace(asked, name=self.models.get(asked.name, asked.name))
+
+
+def read(path: Path) -> Site:
+    """The site of a silo.toml. Raises UserError with one line per error."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; `fedtailor silo --help` shows what it holds") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as TOML: {error}") from error
+    known = {f.name for f in fields(Site)}
+    errors = [f"{path}: no setting {key!r}{suggest(key, known)}" for key in table if key not in known]
+    own = table.get("data", {})
+    errors += [f"{path}: [data] has no setting {key!r}{suggest(key, OWN)}" for key in own if key not in OWN]
+    if errors:
+        raise UserError("\n".join(errors))
+    table["folder"] = str(path.parent / table.get("folder", Site.folder))
+    source = own.get("source")
+    if isinstance(source, str) and (path.parent / source).exists():
+        own["source"] = str((path.parent / source).resolve())
+    found: Site = _checked(Site, table, str(path))
+    return found
+
+
+def _checked(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        told = [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in error.errors()]
+        raise UserError("\n".join(f"{where} {place}: {message}" for place, message in told)) from None

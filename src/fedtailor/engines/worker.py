@@ -1,0 +1,198 @@
+"""A silo's own process: the resident base, the rows, the memory. It outlives runs, servers and whatever carries to it.
+
+It listens on a unix socket that its owner alone may open, executes only installed `in_silo` functions, one at a time,
+and writes memory and reply to disk together before it answers: killed at any moment, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtailor import __version__, models, wire
+from fedtailor.data import Data
+from fedtailor.engines import courier, frames
+from fedtailor.engines.desk import Desk, Done, Request, answer
+from fedtailor.engines.site import Site
+from fedtailor.errors import FedtailorError, SiloError, UserError
+
+log = logging.getLogger("fedtailor.silo")
+
+
+@dataclass(frozen=True)
+class Open:
+    """Down, before a run and after any restart: what a silo must know to take part. Nothing in it was learnt."""
+
+    run: str
+    seed: int
+    data: Data  # the experiment's; the silo lays its own file, columns and limits over it
+    model: models.Base
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the experiment's [silo.NAME] tables
+    threads: int = 0
+    fedtailor: str = __version__  # another version may compute something else under the same name
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Up: what the silo computes with. No count of rows, no text."""
+
+    model_sha256: str
+    torch: str
+    loads: int  # of base models since the worker began: 1, however many rounds
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A desk on disk, whole or not at all: so a reply and the memory after it are never apart."""
+
+    run: str
+    round: int
+    memory: Mapping[str, Any]
+    done: Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Worker:
+    """One silo's desks, one for each run it takes part in."""
+
+    site: Site
+    desks: dict[str, Desk] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def address(self) -> Path:
+        return self.site.folder / "worker.sock"
+
+    def serve(self, ready: Any = lambda: None) -> None:
+        """Until the process ends. Raises UserError when another worker holds the folder."""
+        self.site.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.site.folder.chmod(0o700)
+        for package in self.site.allow:
+            wire.allow(package)
+        with (self.site.folder / ".lock").open("w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                why = f"{self.site.folder}: another worker runs there; end it, or give this one its own folder"
+                raise UserError(why) from error
+            self.address.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+                before = os.umask(0o177)
+                try:
+                    listening.bind(courier.address(self.address))
+                finally:
+                    os.umask(before)
+                listening.listen()
+                log.info("silo %s listens on %s", self.site.name, self.address)
+                ready()
+                while True:
+                    link, _ = listening.accept()
+                    threading.Thread(target=self._talk, args=(link,), daemon=True).start()
+
+    def _talk(self, link: socket.socket) -> None:
+        with link:
+            try:
+                while True:
+                    head, body = frames.receive(link, self.site.body_limit)
+                    frames.send(link, *self.handle(head, body))
+            except frames.Closed:
+                pass
+            except (frames.FrameError, OSError) as error:
+                log.warning("a connection was dropped: %s", error)
+
+    def handle(self, head: Mapping[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        """The answer to one message. What goes wrong here is told in full in this silo's log, and in short to the server."""
+        try:
+            kind = head.get("kind")
+            if kind == "hello":
+                return {"kind": "hello", "silo": self.site.name, "fedtailor": __version__, "wire": wire.VERSION}, b""
+            with self.lock:
+                if kind == "open":
+                    return {"kind": "opened"}, wire.pack(self._open(wire.unpack(body)))
+                if kind == "ask":
+                    return self._ask(_request(head, body))
+            return _refused(f"no message of kind {kind!r} is known here")
+        except FedtailorError as error:
+            log.error("%s", error)
+            shown = isinstance(error, wire.WireError | SiloError | frames.FrameError)
+            return _refused(str(error) if shown else "it cannot take part: its own log says why")
+        except Exception as error:  # a message with a row in it may be inside: the server is told its kind alone
+            log.exception("unexpected %s", type(error).__name__)
+            return _refused(f"unexpected {type(error).__name__}: its own log says where")
+
+    def _open(self, body: Any) -> Opened:
+        if not isinstance(body, Open):
+            raise wire.WireError(f"a {type(body).__name__} opens nothing")
+        if body.fedtailor != __version__:
+            raise SiloError(f"fedtailor {__version__} is installed here, the server has {body.fedtailor}: install the same")
+        if body.threads:
+            torch.set_num_threads(body.threads)
+        rows = self.site.rows(body.data, body.settings.get(self.site.name, {}), body.seed)
+        resident = models.load(self.site.base(body.model))
+        known = self._read(body.run)
+        desk = Desk(self.site.name, rows, {"base": resident}, body.seed)
+        if known is not None:
+            desk.round, desk.memory = known.round, dict(known.memory)
+            desk.done = [_done(one) for one in known.done]
+        self.desks[body.run] = desk
+        log.info("run %s is open: %d rows to train on", body.run, len(rows.train))
+        return Opened(resident.sha256, torch.__version__, models.loads())
+
+    def _ask(self, request: Request) -> tuple[dict[str, Any], bytes]:
+        desk = self.desks.get(request.run)
+        if desk is None:  # a worker that came back: it must be told of the run again
+            return {"kind": "unknown"}, b""
+        known = desk.recorded(request)
+        if known is None:
+            try:
+                (known,) = answer([desk], request)
+                self._write(request.run, desk)
+            except BaseException:  # what is not on the disk did not happen: begin again from there
+                del self.desks[request.run]
+                raise
+        return {"kind": "reply", "id": request.id(self.site.name)}, known
+
+    def _file(self, run: str) -> Path:
+        return self.site.folder / "memory" / f"{hashlib.sha256(run.encode()).hexdigest()[:24]}.safetensors"
+
+    def _read(self, run: str) -> Kept | None:
+        file = self._file(run)
+        found = wire.read_file(file) if file.exists() else None
+        return found if isinstance(found, Kept) and found.run == run else None
+
+    def _write(self, run: str, desk: Desk) -> None:
+        self._file(run).parent.mkdir(exist_ok=True)
+        done = [_kept(one) for one in desk.done]
+        wire.write_file(self._file(run), Kept(run, desk.round, desk.memory, done))
+
+
+def _request(head: Mapping[str, Any], body: bytes) -> Request:
+    kinds = {"run": str, "round": int, "index": int, "work": str, "committed": int}
+    for name, kind in kinds.items():
+        if type(head.get(name)) is not kind:
+            raise wire.WireError(f"a request's {name} must be {kind.__name__}, not {head.get(name)!r:.80}")
+    return Request(head["run"], head["round"], head["index"], head["work"], body, head["committed"])
+
+
+def _kept(one: Done) -> dict[str, Any]:
+    reply = torch.frombuffer(bytearray(one.reply), dtype=torch.uint8) if one.reply else None
+    return {"id": one.id, "reply": reply, "memory": one.memory}
+
+
+def _done(kept: Mapping[str, Any]) -> Done:
+    reply = kept["reply"]
+    return Done(kept["id"], b"" if reply is None else reply.numpy().tobytes(), kept["memory"])
+
+
+def _refused(why: str) -> tuple[dict[str, Any], bytes]:
+    return {"kind": "refused", "why": why}, b""
