@@ -22,6 +22,8 @@ from fedtailor import experiment, runs, wire
 from fedtailor.errors import RunError, UserError
 from fedtailor.experiment import Experiment, as_table
 from fedtailor.generations import Generations
+from fedtailor.merging import merge
+from fedtailor.seeds import Recorder
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
 ONE_THREAD = "engine.threads=1"
@@ -273,7 +275,7 @@ def row(accuracy: tuple[float, float], **more: Any) -> dict[str, Any]:
 
 
 def test_a_merge_by_hand() -> None:
-    merged = runs.merge(
+    merged = merge(
         {
             1: {
                 "federated": row((0.5, 0.7), bytes_up=10, peak_memory_mb=5.0, rejected={"a: nan": 1}, samples=["first"])
@@ -300,14 +302,14 @@ def test_a_merge_of_silos_that_not_every_seed_has() -> None:
     few = row((0.4, 0.8))
     few["accuracy"] = {"mean": 0.4, "worst": 0.4, "per_silo": {"a": 0.4}}
     for order in ([row((0.6, 1.0)), few], [few, row((0.6, 1.0))]):
-        merged = runs.merge({i: {"federated": part} for i, part in enumerate(order)})["federated"]["accuracy"]
+        merged = merge({i: {"federated": part} for i, part in enumerate(order)})["federated"]["accuracy"]
         assert merged["mean"] == pytest.approx(0.6)
         assert merged["per_silo"]["a"] == pytest.approx(0.5)
 
 
 def test_own_figures_are_merged_too() -> None:
     own = {"accuracy": row((0.2, 0.4))["accuracy"]}, {"accuracy": row((0.6, 0.8))["accuracy"]}
-    merged = runs.merge({i: {"alone": row((0.5, 0.5), own=part)} for i, part in enumerate(own)})["alone"]["own"]
+    merged = merge({i: {"alone": row((0.5, 0.5), own=part)} for i, part in enumerate(own)})["alone"]["own"]
     assert merged["accuracy"]["mean"] == pytest.approx(0.5)
     assert merged["accuracy"]["per_silo"] == pytest.approx({"a": 0.4, "b": 0.6})
 
@@ -460,10 +462,10 @@ def test_a_resume_on_another_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_recorded_messages_are_numbered_on_after_a_resume(tmp_path: Path) -> None:
-    first = runs.Recorder(tmp_path)
+    first = Recorder(tmp_path)
     first("a", "down", b"1")
     first("a", "up", b"2")
-    runs.Recorder(tmp_path)("b", "down", b"3")
+    Recorder(tmp_path)("b", "down", b"3")
     names = [file.name for file in sorted(tmp_path.iterdir())]
     assert names == ["000000-down-a.safetensors", "000001-up-a.safetensors", "000002-down-b.safetensors"]
 

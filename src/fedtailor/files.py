@@ -1,0 +1,44 @@
+"""Files of a run's folder: JSON that is there whole or not at all, names made of a silo's, a full disk told as such."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedtailor import wire
+from fedtailor.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and what it held is done again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wire.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def file_name(silo: str) -> str:
+    """A silo's name as a file name: readable, and different for different names."""
+    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in silo)[:60]
+    return safe if safe == silo else f"{safe}-{hashlib.sha256(silo.encode()).hexdigest()[:8]}"
+
+
+@contextlib.contextmanager
+def disk_told(folder: Path) -> Iterator[None]:
+    """Libraries written in Rust tell a full disk in their own words: say it in the system's."""
+    try:
+        yield
+    except Exception as error:
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise

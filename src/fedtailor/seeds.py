@@ -1,0 +1,212 @@
+"""All rows of one seed, one after the other: zero-shot, few-shot, each silo alone, federated, centralized."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtailor import baselines, models, peak, progress, wire
+from fedtailor import data as rows_of
+from fedtailor import evaluate as scoring
+from fedtailor.data import SiloData
+from fedtailor.engines.in_process import InProcess
+from fedtailor.errors import RunError
+from fedtailor.evaluate import Evaluate
+from fedtailor.experiment import drawn, run
+from fedtailor.files import disk_told, file_name, read_json, write_json
+from fedtailor.generations import Generations
+
+if TYPE_CHECKING:
+    from fedtailor.runs import Run
+
+ADDED = ("bytes_up", "bytes_down", "evaluation_bytes_up", "evaluation_bytes_down", "seconds", "evaluation_seconds")
+
+
+@dataclass
+class Seed:
+    """All rows of one seed."""
+
+    run: Run
+    seed: int
+    folder: Path
+    resident: models.Resident
+    data: dict[str, SiloData]
+    before: Sequence[Path]  # folders of earlier seeds: rows that no seed can change are taken from there
+
+    def conduct(self) -> dict[str, Any]:
+        experiment = self.run.experiment
+        found: dict[str, Any] = {}
+        for row in experiment.rows:
+            file = self.folder / "rows" / row / "row.json"
+            if not file.exists() and row == "zero_shot":
+                self._taken(file)
+            if not file.exists():
+                progress.line(f"{row}{'' if len(experiment.seeds) == 1 else f' (seed {self.seed})'} ...")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, {"test_sha256": self._test_sha256, **self._row(row)})
+            found[row] = read_json(file)
+            found[row].pop("test_sha256", None)
+        return found
+
+    @cached_property
+    def _test_sha256(self) -> str:
+        return rows_of.sha256(self.data, ("test",))
+
+    def _taken(self, file: Path) -> None:
+        for earlier in self.before:
+            other = earlier / "rows" / "zero_shot" / "row.json"
+            if other.exists() and read_json(other).get("test_sha256") == self._test_sha256:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(other, file)
+
+    def _row(self, row: str) -> dict[str, Any]:
+        experiment = self.run.experiment
+        peak.reset()
+        if row == "zero_shot":
+            return self._served(baselines.zero_shot(self.data))
+        if row == "few_shot":
+            return self._served(baselines.few_shot(self.data, experiment.evaluate.examples, self.seed))
+        if row == "alone":
+            return self._alone()
+        folder = self.folder / "rows" / row
+        if row == "centralized":
+            method = experiment.method_of(row).pooled(drawn(len(self.data), experiment.participation))
+            return self._trained(folder, baselines.pooled(self.data), method)
+        return self._trained(folder, self.data, experiment.method, federated=True)
+
+    def _served(self, served: Any) -> dict[str, Any]:
+        """A row without training."""
+        began = time.perf_counter()
+        found, _ = self._tested(served)
+        return {
+            **scoring.summary(found), "bytes_up": 0, "bytes_down": 0, "seconds": 0.0,
+            "evaluation_seconds": time.perf_counter() - began, "peak_memory_mb": peak.megabytes(), "trained_parameters": 0,
+            "samples": self._samples(served),
+        }  # fmt: skip
+
+    def _trained(
+        self, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False
+    ) -> dict[str, Any]:
+        """A row that trains over `data` and is tested on every silo's test rows."""
+        experiment = self.run.experiment
+        engine = self._engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated)
+        report = run(experiment, engine, Generations(folder), method, self.seed)
+        if federated:
+            shutil.copyfile(folder / "rounds.jsonl", self.folder / "rounds.jsonl")
+            self._export(method, report.served)
+        began = time.perf_counter()
+        found, traffic = self._tested(report.served)
+        sums = {name: sum(entry.get(name, 0) for entry in report.log) for name in ADDED}
+        sums["evaluation_seconds"] += time.perf_counter() - began
+        sums["evaluation_bytes_up"] += traffic[0]
+        sums["evaluation_bytes_down"] += traffic[1]
+        tensors = wire.tensors_of(report.served)
+        return {
+            **scoring.summary(found), **sums, "peak_memory_mb": peak.megabytes(),
+            "trained_parameters": sum(t.numel() for t in tensors.values()),
+            "best_round": report.best_round, "rounds": experiment.rounds, "rejected": _counted(report.log),
+            "samples": self._samples(report.served),
+        }  # fmt: skip
+
+    def _alone(self) -> dict[str, Any]:
+        """Each silo for itself: per_silo[s] is silo s's model over all silos' tests, own[s] over its own."""
+        parts: dict[str, dict[str, Any]] = {}
+        for silo in self.data:
+            folder = self.folder / "rows" / "alone" / file_name(silo)
+            file = folder / "row.json"
+            if not file.exists():
+                progress.line(f"alone: {silo} ...")
+                method = self.run.experiment.method_of("alone")
+                write_json(file, self._trained(folder, baselines.alone(self.data, silo), method))
+            parts[silo] = read_json(file)
+        names = {
+            name
+            for part in parts.values()
+            for name, value in part.items()
+            if isinstance(value, dict) and "mean" in value
+        }
+        everywhere = {
+            silo: {name: part[name]["mean"] for name in names if name in part} for silo, part in parts.items()
+        }
+        own = {
+            silo: {n: part[n]["per_silo"][silo] for n in names if silo in part.get(n, {}).get("per_silo", {})}
+            for silo, part in parts.items()
+        }
+        first = next(iter(parts.values()))
+        return {
+            **scoring.summary(everywhere), "own": scoring.summary(own),
+            **{name: sum(part[name] for part in parts.values()) for name in ADDED},
+            "peak_memory_mb": max(part["peak_memory_mb"] for part in parts.values()),
+            "trained_parameters": first["trained_parameters"], "rounds": self.run.experiment.rounds,
+            "samples": first["samples"],
+        }  # fmt: skip
+
+    def _engine(self, data: Mapping[str, SiloData], rounds: int, name: str, disturbed: bool) -> InProcess:
+        experiment = self.run.experiment
+        more: dict[str, Any] = {"faults": experiment.faults} if disturbed else {}
+        if experiment.engine.record and disturbed:
+            more["record"] = Recorder(self.folder / "messages")
+        return InProcess(
+            data, {"base": self.resident}, seed=self.seed, rounds=rounds, run=f"{name}/{self.seed}",
+            cohort=experiment.engine.cohort, plan=dict(self.run.plan["cohort"]), on_plan=self.run.planned, **more,
+        )  # fmt: skip
+
+    def _tested(self, served: Any) -> tuple[dict[str, dict[str, float]], tuple[int, int]]:
+        """Metrics per silo on the test rows: read once, here."""
+        tested = {name: rows for name, rows in self.data.items() if rows.test}
+        if not tested:
+            return {}, (0, 0)
+        engine = self._engine(tested, 0, "test", disturbed=False)
+        body = Evaluate(served, "test", self.run.experiment.evaluate.max_new_tokens)
+        found = scoring.ask_all(engine.reach(0, disturbed=False), body)
+        if engine.rejected:  # a mean over other silos would stand beside the other rows' as if it were the same
+            why = "; ".join(f"{silo}: {why}" for _, silo, why in engine.rejected[:3])
+            raise RunError(f"test rows could not be scored: {why}")
+        return found, engine.traffic.take()
+
+    def _samples(self, served: Any) -> Sequence[dict[str, str]]:
+        settings = self.run.experiment.evaluate
+        return baselines.samples(
+            served.open({"base": self.resident}), self.data, settings.samples, settings.max_new_tokens
+        )
+
+    def _export(self, method: Any, served: Any) -> None:
+        """adapter/, made beside and moved into place."""
+        beside, target = self.folder / ".adapter.tmp", self.folder / "adapter"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        wire.write_file(beside / "served.safetensors", served)  # what `fedtailor chat` opens
+        if hasattr(method, "export"):
+            with disk_told(beside):
+                method.export(self.resident, served.tensors, beside)
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+
+
+@dataclass
+class Recorder:
+    """Keeps every message of the wire, numbered, for audits; a resumed run numbers on."""
+
+    folder: Path
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.count = 1 + max((int(file.name[:6]) for file in self.folder.glob("[0-9]*")), default=-1)
+
+    def __call__(self, silo: str, direction: str, data: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        wire.write_bytes(self.folder / f"{self.count:06d}-{direction}-{file_name(silo)}.safetensors", data)
+        self.count += 1
+
+
+def _counted(log: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for entry in log:
+        for silo, why in entry["rejected"].items():
+            counts[f"{silo}: {why}"] = counts.get(f"{silo}: {why}", 0) + 1
+    return counts
