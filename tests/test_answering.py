@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtailor import answering
+from fedtailor import answering, progress
 from fedtailor.answering import Answers, Encoded, batch, class_batch, encode, encode_classes, fresh
 from fedtailor.baselines import Bare
-from fedtailor.data import Row
+from fedtailor.data import Row, SiloData
+from fedtailor.engines.in_process import InProcess
 from fedtailor.errors import SiloError
 from fedtailor.methods.averaging import Averaging
+from fedtailor.methods.full import Full
 from fedtailor.methods.lora import Lora
 from fedtailor.methods.prefix import Prefix
 from fedtailor.models import Resident
@@ -140,7 +143,7 @@ def test_no_order_and_no_batch_size_changes_a_score(lengths: list[int], places: 
 def test_many_rows_are_cut_into_batches_of_bounded_size(llama: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "PLACES", 64)
     items = [Encoded([1] * n, []) for n in (3, 30, 10, 100, 20, 5)]
-    cut = list(answering._by_length(items))
+    cut = list(answering._by_length(items, "scoring"))
     assert sorted(i for some in cut for i in some) == list(range(6))
     assert all(len(some) == 1 or max(len(items[i]) for i in some) * len(some) <= 64 for some in cut)
     assert cut[0] == [3], "the longest first"
@@ -345,3 +348,66 @@ def test_an_encoder_cuts_long_texts(bert: Resident) -> None:
     model = opened(bert, Prefix(virtual_tokens=3), 2)
     long, cut = Row("p" * 900, "a"), Row("p" * 509, "a")
     assert torch.allclose(model.scores([long], ["a", "b"]), model.scores([cut], ["a", "b"]), atol=1e-5)
+
+
+def labelled(resident: Resident, *pairs: tuple[str, str]) -> bool:
+    return any(answering.with_end(resident, labels) for labels in pairs)
+
+
+def test_labels_that_begin_another_are_told_with_their_end(causal: Resident) -> None:
+    assert labelled(causal, ("good", "goodness"))
+    assert labelled(causal, ("a b", "c", "a"))
+    assert not labelled(causal, ("good", "bad"), ("goodness", "bad"), ("ab", "b"))
+    assert not answering.with_end(causal, ())
+
+
+def test_a_label_that_another_begins_can_win(causal: Resident) -> None:
+    """Without its end, "good" would be at least as likely as "goodness" whatever was learnt."""
+    method = Full(lr=1e-2, local_steps=60, batch_size=2)
+    rows = tuple(Row(f"{i}:", "goodness", str(i)) for i in range(4))
+    data = SiloData(rows, (), rows, ("good", "goodness"))
+    engine = InProcess({"a": data}, {"base": causal})
+    state = method.round(method.begin(engine.reach(0)), engine.reach(1))
+    scores = method.serve(state).open({"base": causal}).scores(rows, data.labels)
+    assert (scores.argmax(1) == 1).all()
+    assert (scores[:, 1] > -1).all(), "what was trained is what is scored"
+
+
+def test_text_begins_as_the_tokenizer_begins_it(llama: Resident) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    inside = llama.tokenizer.backend_tokenizer.from_str(llama.tokenizer.backend_tokenizer.to_str())
+    inside.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 7)])
+    own = PreTrainedTokenizerFast(tokenizer_object=inside, bos_token="a", eos_token=llama.tokenizer.eos_token)
+    own.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    own.bos_token_id = 7
+    (row,) = encode(replace(llama, tokenizer=own), [Row("ab", "c")], stop=False)
+    (bare,) = encode(llama, [Row("ab", "c")], stop=False)
+    assert (row.prompt, row.answer) == ([7, *bare.prompt], bare.answer)
+    (chat,) = encode(replace(llama, tokenizer=own), [Row("", "c", messages=({"role": "user", "content": "ab"},))], stop=False)
+    assert chat.prompt == bare.prompt, "a chat template writes its own beginning"
+
+
+def test_no_nucleus_is_greedy() -> None:
+    logits, draw = torch.tensor([[0.1, 3.0, 2.9]]), torch.Generator().manual_seed(0)
+    assert [int(answering._choose(logits, 1.0, 0.0, draw)) for _ in range(20)] == [1] * 20
+
+
+def test_scoring_tells_how_far_it_is(causal: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(answering, "PLACES", 8)
+    progress.show(progress.Lines(said.append, gap=0))
+    try:
+        opened(causal, None).logprobs(ROWS)
+    finally:
+        progress.show(progress.Silent())
+    assert [line.split(",")[0] for line in said] == [f"scoring: {n} of 5" for n in (1, 2, 3, 4)]
+
+
+def test_a_chat_template_that_refuses_its_turns_is_told(llama: Resident) -> None:
+    tokenizer = copy.copy(llama.tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    row = Row("", "a", messages=({"role": "system", "content": "x"},))
+    with pytest.raises(SiloError, match="the model's chat template does not take turns of system: no system role"):
+        encode(replace(llama, tokenizer=tokenizer), [row], stop=True)

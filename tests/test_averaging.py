@@ -23,6 +23,7 @@ from fedtailor.methods.averaging import (
     State,
     Train,
     Trained,
+    _norm,
     per_silo,
     probe,
     start,
@@ -338,3 +339,13 @@ def test_an_export_leaves_the_resident_as_it_was(causal: Resident, tmp_path: Any
         tensors = {n: t + 1 for n, t in before.items()}
         method.export(causal, tensors, tmp_path / kind)
         assert all(torch.equal(t, before[n]) for n, t in method.put_on(causal, 0).tensors().items())
+
+
+def test_a_pooled_silo_has_nothing_that_is_meant_for_many() -> None:
+    """A bound that suits a silo would reject the pooled one, whose steps are as many as all silos take."""
+    pooled = Prefix(max_delta_norm=0.5, prox=0.1, aggregate="median", server_optimizer="adam").pooled(4)
+    assert pooled == Prefix(local_steps=32, optimizer_state="keep")
+
+
+def test_the_norm_of_large_numbers_is_finite() -> None:
+    assert _norm({"a": torch.full((2,), 3e30), "b": torch.tensor([4e30])}) == pytest.approx((18 + 16) ** 0.5 * 1e30)

@@ -135,3 +135,10 @@ def test_a_few_shot_answer_ends_where_the_next_example_would_begin(llama: Reside
     cut = replace(model, until=letter).generate(rows, max_new_tokens=24)
     assert cut == [text.split(letter)[0].strip() for text in whole]
     assert cut != whole
+
+
+def test_the_system_turn_of_a_chat_stays_in_front() -> None:
+    said = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+    assert Bare(turns=said).told(Row("", "", messages=(system, user))).messages == (system, *said, user)
+    assert Bare(turns=said).told(Row("", "", messages=(user,))).messages == (*said, user)

@@ -136,3 +136,12 @@ def test_a_folder_without_a_finished_run(tmp_path: Path) -> None:
         talk(tmp_path, Console(file=io.StringIO()), **HOW)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_conversation_that_fills_the_context_goes_on(say: Say, tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "hi"}] for i in range(40)]
+    folder = finished(tmp_path, [{"m": m, "who": f"silo {i % 2}"} for i, m in enumerate(turns)], {"messages": "m"})
+    text = say(folder, "a" * 200, "b" * 200, "c" * 200, "d" * 600, "e", "")
+    assert text.count("; forgetting what was said before]") == 1
+    assert text.count("; say it shorter]") == 1
+    assert not text.rstrip().endswith("]"), "the last line was answered"

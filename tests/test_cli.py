@@ -430,6 +430,9 @@ def test_ctrl_c_stops_cleanly_and_the_run_goes_on(fedtailor: Command, tmp_path: 
     # to see its end in seconds, the rounds still to come are cut; the experiment's own file says how many
     file = tmp_path / "cut off" / "experiment.toml"
     file.write_text(file.read_text().replace("rounds = 2000", f"rounds = {done + 2}"))
+    plan = json.loads((tmp_path / "cut off" / "plan.json").read_text())
+    del plan["sha256"]["experiment"]
+    (tmp_path / "cut off" / "plan.json").write_text(json.dumps(plan))
     again = fedtailor("run", "--resume", "cut off")
     assert again.code == 0, again.err
     assert [line.split(",")[0] for line in again.err if line.startswith("round ")] == [

@@ -381,3 +381,40 @@ def test_malformed_messages(tmp_path: Path, talk: Any, says: str) -> None:
     message = problem(Data(source=write(tmp_path / "r.jsonl", rows), messages="talk", silo_column="silo"))
     assert message.startswith("r.jsonl line 1: column 'talk'")
     assert says in message
+
+
+def test_a_silo_may_learn_something_else(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", split_rows())
+    found = load(settings_for(source), {"a": {"answer": "text"}}, 0).silos
+    assert (found["a"].labels, found["b"].labels) == ((), ("bad", "good"))
+    assert [row.answer for row in found["a"].train] == [f"a says {n}" for n in range(4)]
+
+
+def test_csv_labels_may_be_numbers(tmp_path: Path) -> None:
+    lines = [f"text {i},{i % 2},{'ab'[i % 2 == 0]}" for i in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,mood,silo", *lines]))
+    silos = load(settings_for(str(tmp_path / "rows.csv"), labels=("bad", "good")), {}, 0).silos
+    assert {row.answer for row in silos["a"].train} == {"good"}
+    assert {row.answer for row in silos["b"].train} == {"bad"}
+
+
+@pytest.mark.parametrize(("header", "said"), [("text,mood,text", "two columns 'text'"), ("text,,silo", "an empty column name")])
+def test_a_csv_header_that_does_not_name_its_columns(tmp_path: Path, header: str, said: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"{header}\na,b,c\n")
+    assert problem(settings_for(str(tmp_path / "rows.csv"))) == f"rows.csv line 1: {said}; name each once"
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ('{"text": "cut \\ud83d", "mood": "good", "silo": "a"}', "rows.jsonl line 2: half a surrogate pair"),
+    ("[" * 100_000, "rows.jsonl line 2: not valid JSON"),
+])  # fmt: skip
+def test_json_that_is_no_text(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine \\ud83d\\ude00", "mood": "good", "silo": "a"}\n' + line + "\n")
+    assert said in problem(settings_for(str(tmp_path / "rows.jsonl")))
+
+
+def test_all_rows_may_be_one_owners(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", split_rows())
+    found = load(settings_for(source, silo_column="nowhere"), {}, 0, owner="mine").silos
+    assert list(found) == ["mine"]
+    assert len(found["mine"].train) == 8

@@ -20,7 +20,7 @@ from fedtailor.data import Data, SiloData
 from fedtailor.engines.in_process import InProcess
 from fedtailor.errors import UserError
 from fedtailor.evaluate import Evaluation
-from fedtailor.experiment import Experiment, as_table, load, name_of, parse, run, sampled
+from fedtailor.experiment import Experiment, _improved, as_table, load, name_of, parse, run, sampled
 from fedtailor.faults import Faults
 from fedtailor.generations import Generations
 from fedtailor.methods.lora import Lora
@@ -399,7 +399,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(engine: Callable[..., InProc
         run(counting(), engine(), Generations(tmp_path / "cut"), Counter(fail_at=3))
     kept = Generations(tmp_path / "cut").newest()
     assert kept is not None
-    assert kept[0].round == 2
+    assert kept.round == 2
     rest = run(counting(), one := engine(), Generations(tmp_path / "cut"))
     assert (rest.state, rest.best_round) == (whole.state, whole.best_round)
     assert {name: desk.memory for name, desk in one.desks.items()} == {name: {"times": 4} for name in one.silos}
@@ -423,3 +423,42 @@ def test_rejections_are_logged_by_silo_and_evaluation_is_not_disturbed(engine: C
         assert len(entry["val"]["loss"]["per_silo"]) == 3
     assert all(bool(t.isfinite().all()) for t in report.state.tensors.values())
     assert any(not torch.equal(t, torch.zeros_like(t)) for n, t in report.state.tensors.items() if "lora_B" in n)
+
+
+def test_a_silo_that_misses_a_validation_does_not_change_whom_rounds_are_compared_over() -> None:
+    before = {"easy": 0.2, "hard": 1.0}
+    assert not _improved("loss", {"easy": 0.3}, before), "a lower mean, over the easy silo alone"
+    assert _improved("loss", {"easy": 0.1}, before)
+    assert _improved("accuracy", {"easy": 0.3, "hard": 0.9, "new": 0.0}, {"easy": 0.2, "hard": 0.9})
+    assert not _improved("loss", {"new": 0.0}, before)
+
+
+@pytest.mark.parametrize("table", [changed(rounds=True), changed(seeds=[True]), changed(silo={"north": {"lr": True}})])
+def test_true_is_no_number(table: dict[str, Any]) -> None:
+    assert any("must not be true or false, not " in line for line in errors(table))
+
+
+def test_a_silos_settings_are_kept_as_checked() -> None:
+    found = parse(changed(silo={"north": {"local_steps": "2", "batch_size": 2.0}}), "x.toml")
+    assert found.silo == {"north": {"local_steps": 2, "batch_size": 2}}
+    assert all(type(value) is int for value in found.silo["north"].values())
+
+
+def test_a_silo_may_learn_something_else() -> None:
+    assert parse(changed(silo={"north": {"answer": "text"}}), "x.toml").silo == {"north": {"answer": "text"}}
+
+
+def test_a_relative_model_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "one.toml").write_bytes(tomli_w.dumps(changed(model={"name": "base"})).encode())
+    monkeypatch.chdir("/")
+    assert load(tmp_path / "one.toml").model.name == str((tmp_path / "base").resolve())
+
+
+def test_an_unreadable_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"x\.toml: cannot be read .Permission denied.; check its permissions"):
+        load(tmp_path / "x.toml")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedtailor import wire
+from fedtailor.errors import UserError
 from fedtailor.generations import Best, Generation, Generations
-from fedtailor.wire import WireError
 
 wire.allow(__name__)
 
@@ -40,7 +40,7 @@ def log(number: int) -> list[dict[str, Any]]:
 
 def commit(kept: Generations, number: int, silos: str = "abc", best: int | None = None) -> None:
     """Round `number` as it was, with these silos in it, and round `best` the best so far."""
-    told = None if best is None else Best(best, best / 10, state(best))
+    told = None if best is None else Best(best, {"a": best / 10}, state(best))
     kept.commit(number, state(number), {silo: memory(number) for silo in silos}, told, log(number))
 
 
@@ -49,13 +49,13 @@ def seen(kept: Generations) -> Any:
     found = kept.newest()
     if found is None:
         return None
-    generation, memories, best = found
+    best = found.best
     return (
-        generation.round,
-        generation.state.tensors["w"].tolist(),
-        {silo: (m["step"], m["moments"]["m"].item()) for silo, m in memories.items()},
-        None if best is None else (best.round, best.value, best.state.tensors["w"].tolist()),
-        generation.log,
+        found.round,
+        found.state.tensors["w"].tolist(),
+        {silo: (m["step"], m["moments"]["m"].item()) for silo, m in found.memories.items()},
+        None if best is None else (best.round, best.per_silo["a"], best.state.tensors["w"].tolist()),
+        found.log,
     )
 
 
@@ -118,9 +118,8 @@ def test_files_that_nobody_names_are_swept(tmp_path: Path) -> None:
     (tmp_path / "state" / ".generation.safetensors.tmp").write_bytes(b"half")
     (tmp_path / "state" / "memory-9-0.safetensors").write_bytes(b"of a round that did not happen")
     commit(kept, 2, "ab", best=2)
-    named = kept.newest()
-    assert named is not None
-    assert files(tmp_path) == {"generation.safetensors", named[0].best, *named[0].memories.values()}
+    named: Generation = wire.read_file(kept.file)
+    assert files(tmp_path) == {"generation.safetensors", named.best, *named.memories.values()}
     assert len(files(tmp_path)) == 4
 
 
@@ -130,7 +129,7 @@ def test_silos_with_names_that_are_no_file_names(tmp_path: Path) -> None:
     kept.commit(1, state(1), {name: memory(i) for i, name in enumerate(names)}, None, log(1))
     found = Generations(tmp_path).newest()
     assert found is not None
-    assert {name: m["step"] for name, m in found[1].items()} == {name: i for i, name in enumerate(names)}
+    assert {name: m["step"] for name, m in found.memories.items()} == {name: i for i, name in enumerate(names)}
 
 
 def test_the_log_of_rounds_is_one_line_each(tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_a_damaged_generation_is_named(tmp_path: Path) -> None:
     kept = Generations(tmp_path)
     commit(kept, 1)
     kept.file.write_bytes(kept.file.read_bytes()[:-4])
-    with pytest.raises(WireError, match=r"generation\.safetensors: "):
+    with pytest.raises(UserError, match=r"state: damaged .*generation\.safetensors: .*; delete .* to train that row anew"):
         Generations(tmp_path).newest()
 
 
@@ -191,8 +190,8 @@ def test_a_kill_at_any_write_leaves_the_old_or_the_new_whole(tmp_path: Path, cal
         assert len(files(folder)) == 5  # the generation, the best, three memories
         if whole:
             break
-    # two memories, the best, the generation itself; then the log, which comes after the commit
-    assert outcomes == [old] * 4 + [new] * 2
+    # two memories, the best, (the log,) the generation itself, which is the commit
+    assert outcomes == [old] * 4 + [new]
 
 
 def test_a_kill_in_the_sweep_leaves_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +221,31 @@ def test_a_generation_holds_what_names_its_files(tmp_path: Path) -> None:
     found: Generation = wire.read_file(tmp_path / "state" / "generation.safetensors")
     for name in (*found.memories.values(), found.best):
         assert (tmp_path / "state" / name).is_file()
+
+
+def test_a_log_is_appended_to_and_never_written_anew(tmp_path: Path) -> None:
+    kept = Generations(tmp_path)
+    commit(kept, 1)
+    inode, size = (tmp_path / "rounds.jsonl").stat().st_ino, (tmp_path / "rounds.jsonl").stat().st_size
+    commit(kept, 2)
+    after = (tmp_path / "rounds.jsonl").stat()
+    assert after.st_ino == inode
+    assert after.st_size > size
+    header = (tmp_path / "state" / "generation.safetensors").read_bytes()
+    assert b"seconds" not in header, "the log is not in the generation too"
+
+
+def test_what_a_killed_commit_logged_is_cut_off(tmp_path: Path) -> None:
+    commit(Generations(tmp_path), 1)
+    with (tmp_path / "rounds.jsonl").open("ab") as file:
+        file.write(b'{"round": 2, "half a li')
+    assert seen(Generations(tmp_path))[-1] == log(1)
+    assert [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()] == log(1)
+
+
+@pytest.mark.parametrize("gone", ["rounds.jsonl", "state/best-1.safetensors"])
+def test_a_lost_file_is_named_with_what_to_do(tmp_path: Path, gone: str) -> None:
+    commit(Generations(tmp_path), 1, best=1)
+    (tmp_path / gone).unlink()
+    with pytest.raises(UserError, match=rf"damaged .*{gone.rpartition('/')[2]}.*; delete .* to train that row anew"):
+        Generations(tmp_path).newest()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fedtailor.data import Row, SiloData
 from fedtailor.errors import UserError
-from fedtailor.experiment import load
+from fedtailor.experiment import load, parse
 from fedtailor.models import Resident
 from fedtailor.preparing import fits, prepare
 
@@ -86,3 +87,37 @@ def test_chat_rows_need_a_chat_template(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("fedtailor.models.load", lambda base: causal)
     with pytest.raises(UserError, match="has no chat template"):
         prepare(asked)
+
+
+def test_the_examples_of_every_seed_must_fit(tmp_path: Path) -> None:
+    """Only some seeds draw the long row as an example."""
+    splits = ["train"] * 30 + ["valid", "test"] * 5
+    rows = [{"x": f"{i} short", "y": "z", "who": ("one", "two")[i % 4 > 1], "split": s} for i, s in enumerate(splits)]
+    rows[0]["x"] = "long " * 100
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {
+        "name": "x", "model": {"name": "tiny"}, "method": {"name": "lora"}, "evaluate": {"examples": 1},
+        "data": {"source": str(tmp_path / "rows.jsonl"), "template": "{x}", "answer": "y", "silo_column": "who"},
+    }  # fmt: skip
+    fails = []
+    for seed in range(60):
+        try:
+            prepare(parse({**table, "seeds": [seed]}, "x"))
+        except UserError:
+            fails.append(seed)
+    assert 0 < len(fails) < 60
+    fine = next(seed for seed in range(60) if seed not in fails)
+    with pytest.raises(UserError, match=r"lower evaluate\.examples"):
+        prepare(parse({**table, "seeds": [fine, fails[0]]}, "x"))
+
+
+def test_what_is_wrong_is_told_together(tmp_path: Path) -> None:
+    sets = ["data.label=moood", "data.silo_column=sites", "data.template={txt}", "model.name=tinny", "evaluate.best_by=bleu"]
+    with pytest.raises(UserError) as error:
+        prepare(load(TINY, sets))
+    lines = str(error.value).splitlines()
+    begins = ["[model] name = 'tinny'", "[data] template: ", "[data] label: ", "[data] silo_column: ", "[evaluate] best_by"]
+    assert [any(line.startswith(begin) for line in lines) for begin in begins] == [True] * 5
+    with pytest.raises(UserError) as error:
+        prepare(load(TINY, ["silo.shp.max_train=3", "silo.clinik.max_train=3"]))
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["[silo.shp]", "[silo.clinik]"]

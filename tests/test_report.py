@@ -398,3 +398,7 @@ def test_a_browser_shows_the_page(tmp_path: Path, width: int) -> None:
     assert min(found["plots"]) > 150
     assert found["font"] == ("15px" if width == 400 else "16px"), "the page's own style is applied"
     assert found["loaded"] == []
+
+
+def test_rows_without_test_rows_are_told() -> None:
+    assert report.summary({"rows": {"federated": {"bytes_up": 1}}, "seeds": [0]}) == "No test rows, so no results."

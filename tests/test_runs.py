@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedtailor import experiment, runs, wire
+from fedtailor import experiment, report, runs, wire
 from fedtailor.errors import RunError, UserError
 from fedtailor.experiment import Experiment, as_table
 from fedtailor.generations import Generations
@@ -203,7 +203,8 @@ def test_the_plan_of_the_first_start_is_used_on_every_later_one(tmp_path: Path) 
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     result = one.conduct()
     known = result["environment"]
-    plan["sha256"] = {"model": known["model_sha256"], "data of seed 0": known["data_sha256"]}
+    settings = json.loads((tmp_path / "plan.json").read_text())["sha256"]["experiment"]
+    plan["sha256"] = {"experiment": settings, "model": known["model_sha256"], "data of seed 0": known["data_sha256"]}
     assert result["environment"]["plan"] == plan
     assert (result["environment"]["cohort"], result["environment"]["threads"]) == (2, 1)
     assert json.loads((tmp_path / "plan.json").read_text()) == plan
@@ -352,11 +353,11 @@ def everything(kept: Generations) -> dict[str, bytes]:
     """The newest generation's server state, every silo's memory and the best state: as the bytes they are."""
     found = kept.newest()
     assert found is not None
-    generation, memories, best = found
-    assert [entry["round"] for entry in generation.log] == list(range(generation.round + 1))
+    memories, best = found.memories, found.best
+    assert [entry["round"] for entry in found.log] == list(range(found.round + 1))
     return {
-        "round": str(generation.round).encode(),
-        "state": wire.pack(generation.state),
+        "round": str(found.round).encode(),
+        "state": wire.pack(found.state),
         "best": b"" if best is None else wire.pack(best),
         **{f"memory of {silo}": wire.pack(memory_body(values)) for silo, values in sorted(memories.items())},
     }
@@ -441,7 +442,7 @@ def test_centralized_sees_as_many_rows_as_federated_when_few_take_part(tmp_path:
     assert rows["federated"]["trained_parameters"] == rows["centralized"]["trained_parameters"] == 256
     state = Generations(tmp_path / "rows" / "centralized").newest()
     assert state is not None
-    memory = state[1]["all_silos"]
+    memory = state.memories["all_silos"]
     assert memory["moments"]["step"].item() == 2 * 2 * 1, "rounds x local steps x silos of a round"
 
 
@@ -486,3 +487,59 @@ def test_a_run_can_be_run_again_from_its_own_file(tmp_path: Path) -> None:
 
 def test_the_result_does_not_say_where_the_rows_lie(tmp_path: Path) -> None:
     assert conduct(tmp_path, FEDERATED)["experiment"]["data"]["source"] == "tiny.jsonl"
+
+
+def test_two_starts_at_once_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    real = runs.prepare
+
+    def prepare(experiment: Experiment) -> Any:
+        monkeypatch.setattr(runs, "prepare", real)
+        others.append(runs.begin(experiment, None, "the other"))  # begun while this one is still loading
+        return real(experiment)
+
+    others: list[runs.Run] = []
+    monkeypatch.setattr(runs, "prepare", prepare)
+    one = runs.begin(asked(FEDERATED), None, "one")
+    assert (one.folder, others[0].folder) == (Path("runs/tiny"), Path("runs/tiny-2"))
+
+
+def test_what_cannot_run_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        runs.begin(asked("data.label=nowhere"), tmp_path / "a" / "b", "")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError):
+        runs.begin(asked("data.label=nowhere"), tmp_path / "mine", "")
+    assert list((tmp_path / "mine").iterdir()) == [], "a folder that was there stays"
+
+
+def test_a_run_whose_settings_were_changed_is_refused(tmp_path: Path) -> None:
+    conduct(tmp_path, FEDERATED)
+    file = tmp_path / "experiment.toml"
+    file.write_text(file.read_text().replace("rounds = 2", "rounds = 5"))
+    with pytest.raises(UserError, match=r"experiment\.toml changed since this run began; bring it back, or start a new run"):
+        runs.resume(tmp_path).conduct()
+
+
+def test_a_silo_that_cannot_train_alone_is_named_and_left_out(tmp_path: Path) -> None:
+    result = conduct(tmp_path, 'rows=["alone", "federated"]', "silo.shop.lr=1e30")
+    alone = result["rows"]["alone"]
+    assert sorted(alone["loss"]["per_silo"]) == sorted(alone["own"]["loss"]["per_silo"]) == ["cafe", "clinic"]
+    (why,) = alone["rejected"]
+    assert why.startswith("shop: round 1: no reply of 1 silos could be used")
+    with pytest.raises(RunError, match="no silo could train alone; "):
+        conduct(tmp_path / "none", 'rows=["alone"]', "method.lr=1e30")
+
+
+def test_the_page_does_not_say_where_the_rows_lie(tmp_path: Path) -> None:
+    conduct(tmp_path, FEDERATED)
+    page = report.write(tmp_path).read_text()
+    assert "tiny.jsonl" in page
+    assert str(TINY.parent) not in page
+
+
+def test_every_row_tells_what_evaluation_sent(whole: tuple[Path, dict[str, Any]]) -> None:
+    for row in whole[1]["rows"].values():
+        assert row["evaluation_bytes_up"] > 0
+        assert row["evaluation_bytes_down"] > 0

@@ -5,7 +5,8 @@
     result = fedtailor.run("experiments/tiny.toml", sets=["method.lr=0.02"], out="runs/mine")
     print(result["rows"]["federated"]["accuracy"]["mean"])
 
-The table and the page are `fedtailor.report.markdown(result)` and `fedtailor.report.write(folder)`.
+The other commands: `fedtailor.report.write(folder)` and `.markdown(result)`, `find.methods()`, `models.listing()` and
+`models.folder(name)`, `demo.names()` and `demo.fetch(name)`, `chatting.talk(folder, console, ...)`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,11 @@ def run(
     resume: str | Path | None = None,
 ) -> dict[str, Any]:
     """Run an experiment file, or go on with the run of a folder. Returns the result, which is in the folder too."""
-    from fedtailor import experiment, report, runs
-    from fedtailor.errors import UserError
+    from fedtailor import report, runs
 
-    if (file is None) == (resume is None):
-        raise UserError("run: give an experiment file, or resume=FOLDER")
-    if resume is not None:
-        one = runs.resume(Path(resume))
-    else:
-        asked = experiment.load(Path(str(file)), sets, seed)
-        one = runs.begin(asked, None if out is None else Path(out), "from Python")
+    paths = (None if path is None else Path(path) for path in (file, resume, out))
+    begun, resumed, folder = paths
+    one = runs.start(begun, resumed, sets, seed, folder, "from Python")
     result = one.conduct()
     report.write(one.folder)
     return result

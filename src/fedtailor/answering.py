@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedtailor import progress
 from fedtailor.data import Row
 from fedtailor.errors import SiloError
 from fedtailor.models import Resident, texts
@@ -48,10 +50,14 @@ def encode(
     take = {"add_special_tokens": False}
     if not rows:
         return []
+    begin = _begin(resident.tokenizer)
     encoded = [
-        Encoded(p or [resident.tokenizer.eos_token_id], a + [resident.tokenizer.eos_token_id] * stop)
-        for p, a in zip(
-            resident.tokenizer(prompts, **take).input_ids, resident.tokenizer(told, **take).input_ids, strict=True
+        Encoded(
+            ([] if row.messages else begin) + p or [resident.tokenizer.eos_token_id],  # a chat template writes its own
+            a + [resident.tokenizer.eos_token_id] * stop,
+        )
+        for row, p, a in zip(
+            rows, resident.tokenizer(prompts, **take).input_ids, resident.tokenizer(told, **take).input_ids, strict=True
         )
     ]
     for item in encoded:
@@ -62,6 +68,24 @@ def encode(
                 f" is {resident.context}{prefix}"
             )
     return encoded
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """The token that the model expects in front of every text, where its tokenizer puts one there."""
+    first = tokenizer("").input_ids[:1]
+    return list(first) if first and first[0] == tokenizer.bos_token_id else []
+
+
+def with_end(resident: Resident, labels: Sequence[str]) -> bool:
+    """Whether label words are trained and scored with the end token: where one's tokens begin another's ("good",
+    "goodness"), the shorter could never be the less likely one without it."""
+    if resident.classifier:
+        return False
+    for words in (labels, [f" {label}" for label in labels]):
+        ids = sorted(resident.tokenizer(list(words), add_special_tokens=False).input_ids) if words else []
+        if any(longer[: len(shorter)] == shorter for shorter, longer in pairwise(ids)):
+            return True
+    return False
 
 
 def batch(items: Sequence[Encoded], pad_id: int) -> Batch:
@@ -110,7 +134,7 @@ class Answers:
         """For each row (log-probability in nats of its answer, number of its tokens); higher is likelier."""
         items = self._encoded(self._told(rows), answers, stop=stop)
         found: dict[int, tuple[float, int]] = {}
-        for chosen in _by_length(items):
+        for chosen in _by_length(items, "scoring"):
             some = batch([items[i] for i in chosen], self._pad).to(self.resident.device)
             logits = self._logits(some, some.labels.shape[1] + 1)[:, :-1].float()
             gone = some.labels == IGNORED
@@ -126,12 +150,13 @@ class Answers:
             return self._class_scores(rows, choices)
         alternatives = [self._encoded(self._told(rows), [choice] * len(rows)) for choice in choices]
         if any(len(item.answer) != 1 for column in alternatives for item in column):
-            flat = [self.logprobs(rows, [choice] * len(rows), stop=False) for choice in choices]
+            stop = with_end(self.resident, choices)
+            flat = [self.logprobs(rows, [choice] * len(rows), stop=stop) for choice in choices]
             return torch.tensor([[total for total, _ in column] for column in flat]).T
         # every choice is one token: one pass over the prompt answers for all of them
         out = torch.zeros(len(rows), len(choices))
         prompts = [Encoded(item.prompt, []) for item in alternatives[0]]
-        for chosen in _by_length(prompts):
+        for chosen in _by_length(prompts, "scoring"):
             some = batch([prompts[i] for i in chosen], self._pad).to(self.resident.device)
             logp = self._logits(some, 1)[:, 0].float().log_softmax(-1).cpu()
             ids = torch.tensor([[column[i].answer[0] for column in alternatives] for i in chosen])
@@ -152,7 +177,7 @@ class Answers:
         items = [Encoded(i.prompt, []) for i in self._encoded(self._told(rows), [""] * len(rows))]
         draw = torch.Generator().manual_seed(seed)
         texts_: dict[int, str] = {}
-        for chosen in _by_length(items, extra=max_new_tokens, times=4):  # one token a row and step: more rows at once
+        for chosen in _by_length(items, "writing", max_new_tokens, 4):  # one token a row and step: more rows at once
             some = batch([items[i] for i in chosen], self._pad).to(self.resident.device)
             tokens = list(zip(*self._steps(some, max_new_tokens, temperature, top_p, draw), strict=True))
             for i, row in zip(chosen, tokens or [()] * len(chosen), strict=True):
@@ -193,7 +218,7 @@ class Answers:
             for i in encode_classes(self.resident, [Row(r.prompt, choices[0]) for r in rows], choices, self.tuned.shift)
         ]
         out = torch.zeros(len(rows), len(choices))
-        for chosen in _by_length(items):
+        for chosen in _by_length(items, "scoring"):
             some = class_batch([items[i] for i in chosen], self._pad).to(self.resident.device)
             logits, _ = self.tuned.using(self.tensors, some.input_ids, some.attention_mask, some.position_ids, 0)
             out[torch.tensor(chosen)] = logits.float().log_softmax(-1).cpu()
@@ -249,17 +274,20 @@ def _choose(logits: Tensor, temperature: float, top_p: float, draw: torch.Genera
     if temperature <= 0:
         return logits.argmax(-1)
     ranked, order = (logits / temperature).softmax(-1).sort(descending=True)
-    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
+    ranked[:, 1:] = ranked[:, 1:].masked_fill((ranked.cumsum(-1) - ranked)[:, 1:] >= top_p, 0)  # the likeliest stays
     return order.gather(1, ranked.multinomial(1, generator=draw))[:, 0]
 
 
-def _by_length(items: Sequence[Encoded], extra: int = 0, times: int = 1) -> Iterable[list[int]]:
+def _by_length(items: Sequence[Encoded], doing: str, extra: int = 0, times: int = 1) -> Iterable[list[int]]:
     """Indices in batches of like length, the longest first: little padding, and too large a batch shows at once."""
     order = sorted(range(len(items)), key=lambda i: -len(items[i]))
-    while order:
-        size = max(1, times * PLACES // (len(items[order[0]]) + extra))
-        yield order[:size]
-        order = order[size:]
+    with progress.bar(doing, len(items)) as advance:
+        while order:
+            size = max(1, times * PLACES // (len(items[order[0]]) + extra))
+            yield order[:size]
+            for _ in order[:size]:
+                advance()
+            order = order[size:]
 
 
 def fresh(resident: Resident, config: Any = None, classes: int = 0) -> Answers:

@@ -35,7 +35,8 @@ class Bare:
     def told(self, row: Row) -> Row:
         """The row as it is asked."""
         if row.messages:
-            return replace(row, messages=(*self.turns, *row.messages)) if self.turns else row
+            first = sum(turn["role"] == "system" for turn in row.messages[:1])  # a system turn stays in front
+            return replace(row, messages=(*row.messages[:first], *self.turns, *row.messages[first:]))
         return replace(row, prompt=self.before + row.prompt) if self.before else row
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from pathlib import Path
 
 from rich.console import Console
 
-from fedtailor import data, models, rows, wire
+from fedtailor import data, models, rows, runs, wire
 from fedtailor.data import Row
-from fedtailor.errors import UserError
-from fedtailor.experiment import parse
+from fedtailor.errors import SiloError, UserError
 
 
 def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_new_tokens: int, seed: int) -> None:
@@ -22,9 +20,7 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
         raise UserError(
             f"{folder}: no finished run there (no adapter/served.safetensors); finish it with `fedtailor run --resume {folder}`"
         )
-    table = tomllib.loads(file.read_text(encoding="utf-8"))
-    table.pop("command", None)
-    experiment = parse(table, str(file))
+    experiment = runs.resume(folder).experiment
     model = wire.read_file(adapters[0]).open({"base": models.load(experiment.model)})
     template = experiment.data.template
     fields = rows.columns(template) if template else ()
@@ -46,13 +42,18 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
             turns.append({"role": "user", "content": values["you"]})
             row = Row("", "", messages=tuple(turns))
         answer = ""
-        if labels:
-            answer = labels[int(model.scores([row], labels).argmax())]
-            out.print(answer, markup=False, highlight=False)
+        try:
+            if labels:
+                answer = labels[int(model.scores([row], labels).argmax())]
+                out.print(answer, markup=False, highlight=False)
+                continue
+            for piece in model.stream(row, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
+                answer += piece
+                out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        except SiloError as error:
+            out.print(f"[{error}; {'forgetting what was said before' if turns[1:] else 'say it shorter'}]", markup=False)
+            turns.clear()
             continue
-        for piece in model.stream(row, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
-            answer += piece
-            out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         out.print()
         turns.append({"role": "assistant", "content": answer})
 

@@ -46,7 +46,8 @@ def show(experiment: Experiment, out: Console) -> None:
         highlight=False,
     )
     out.print(
-        "Besides: rows seen, mean loss; at evaluation: sums and counts. No rows, texts or tokens leave.",
+        "Besides: rows seen, mean loss; at evaluation: sums and counts (of a silo with one row: that "
+        "row's). No rows, texts or tokens leave.",
         highlight=False,
     )
 

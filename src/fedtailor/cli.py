@@ -59,18 +59,9 @@ def run(
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run of this folder")] = None,
 ) -> None:
     """Run an experiment: all its rows, then a table, a report page and the adapter."""
-    from fedtailor import experiment, report, runs
+    from fedtailor import report, runs
 
-    if file is None and resume is None:
-        raise _usage("name an experiment file, or --resume FOLDER")
-    if resume is not None and (folder is not None or (file is None and (sets or seed is not None))):
-        raise _usage("--set, --seed and --out do not go with --resume: a run goes on as it was begun")
-    asked = None if file is None else experiment.load(file, sets or [], seed)
-    if resume is not None:
-        one = runs.resume(resume, asked)
-    else:
-        assert asked is not None
-        one = runs.begin(asked, folder, "fedtailor " + shlex.join(sys.argv[1:]))
+    one = runs.start(file, resume, sets or [], seed, folder, "fedtailor " + shlex.join(sys.argv[1:]))
     err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
     try:
         result = one.conduct()
@@ -178,9 +169,9 @@ def silo(
 @app.command()
 def chat(
     folder: Annotated[Path, typer.Argument(help="a finished run's folder")],
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest word")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="share of probability to draw from")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest word")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="share of probability to draw from")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 128,
     seed: Annotated[int, typer.Option(help="of the drawing")] = 0,
 ) -> None:
     """Talk to a finished run's model: each line is put into the run's template. An empty line or Ctrl-D ends."""
@@ -227,12 +218,6 @@ def _click(error: Exception, debug: bool) -> int:
     return _fail(f"unexpected {type(error).__name__}: {error} (a bug: `fedtailor --debug ...` shows where)", 1, debug)
 
 
-def _usage(text: str) -> Exception:
-    from fedtailor.errors import UserError
-
-    return UserError(text)
-
-
 def _fail(text: str, code: int, debug: bool) -> int:
     if debug:
         import traceback
@@ -249,9 +234,9 @@ def _system(error: OSError) -> str:
     todo = {
         errno.ENOSPC: "the disk is full; free some space, then go on with `fedtailor run --resume FOLDER`",
         errno.EDQUOT: "your disk quota is used up; free some space, then go on with `fedtailor run --resume FOLDER`",
-        errno.EROFS: "read-only; choose another folder with --out",
-        errno.EACCES: "not permitted; choose another folder with --out, or mend its permissions",
-        errno.EPERM: "not permitted; choose another folder with --out, or mend its permissions",
+        errno.EROFS: "read-only; make it writable, or begin a new run in another folder with --out",
+        errno.EACCES: "not permitted; mend its permissions, or begin a new run in another folder with --out",
+        errno.EPERM: "not permitted; mend its permissions, or begin a new run in another folder with --out",
     }
     return where + todo.get(error.errno or 0, error.strerror or str(error))
 

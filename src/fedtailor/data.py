@@ -121,15 +121,21 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
     decides the partition (all splits together, see `partition`) and which rows `max_train` and its like keep. Rows stay
     in the order of the source. A silo must have training rows; one may lack val or test rows if others have some.
 
-    Raises UserError, in one line that says where, for whatever in the source, a row or a table is not as it must be.
+    Raises UserError, one line for each place, for whatever in the source, a row or a table is not as it must be.
     """
     table = sources.read(data.source, config=data.config, revision=data.revision, split_column=data.split_column)
-    rows.need_columns("[data]", data, table)
+    errors = rows.lacking("[data]", data, table)
+    if data.partition == "column" and not owner:
+        errors += rows.missing("[data] silo_column", data.silo_column, table)
+    if data.split_column not in ("", Data.split_column):
+        errors += rows.missing("[data] split_column", data.split_column, table)
+    if errors:
+        raise UserError("\n".join(errors))
     split = _splitter(data, table)
     members = {owner: list(range(len(table.rows)))} if owner else _members(data, table, split, seed)
-    for name in overrides:
-        if name not in members:
-            raise UserError(f"[silo.{name}]: the data has no silo of this name{suggest(name, members)}")
+    unknown = [f"[silo.{n}]: the data has no silo of this name{suggest(n, members)}" for n in overrides if n not in members]
+    if unknown:
+        raise UserError("\n".join(unknown))
     own = {name: _own(data, name, overrides.get(name, {}), table) for name in sorted(members)}
     labels = data.labels or _label_words(table, own, members)
     silos, dropped = {}, {}
@@ -157,8 +163,6 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
 
 def _splitter(data: Data, table: Table) -> Callable[[Data, int], str]:
     """(the silo's data settings, a row's number) -> train, val or test."""
-    if data.split_column not in ("", Data.split_column):
-        rows.need("[data] split_column", data.split_column, table)
     said = _said(data.split_column, table) if data.split_column in table.columns else []
     test = 0.0 if "test" in said else data.test_fraction
     val = 0.0 if "val" in said else data.val_fraction
@@ -190,7 +194,6 @@ def _members(data: Data, table: Table, split: Callable[[Data, int], str], seed: 
     """Silo name -> the numbers of its rows, ascending."""
     every = range(len(table.rows))
     if data.partition == "column":
-        rows.need("[data] silo_column", data.silo_column, table)
         members: dict[str, list[int]] = {}
         for index in every:
             members.setdefault(rows.word(data.silo_column, table, index, "silo's name"), []).append(index)
@@ -221,13 +224,21 @@ def _own(data: Data, name: str, override: Mapping[str, Any], table: Table) -> Da
     if not changed:
         return data
     try:
-        own = _schema().validate_python({**asdict(data), **changed})
+        own = _schema().validate_python(own_settings(data, changed))
     except ValidationError as error:
         first = error.errors()[0]
         where = " ".join([f"[silo.{name}]", *(str(part) for part in first["loc"])])
         raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
-    rows.need_columns(f"[silo.{name}]", own, table)
+    if errors := rows.lacking(f"[silo.{name}]", own, table):
+        raise UserError("\n".join(errors))
     return own
+
+
+def own_settings(data: Data, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with a silo's settings over it. Of answer, label and messages, the silo's choice replaces the other."""
+    learnt = ("answer", "label", "messages")
+    cleared = dict.fromkeys(learnt, "") if set(learnt) & set(changed) else {}
+    return {**asdict(data), **cleared, **({"labels": ()} if cleared and "label" not in changed else {}), **changed}
 
 
 @cache

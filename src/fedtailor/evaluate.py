@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from fedtailor.answering import Answers, encode
+from fedtailor.answering import Answers, encode, with_end
 from fedtailor.core import Ask, Reply, Silo, in_silo
 from fedtailor.data import Row
 
@@ -47,7 +47,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Counts:
-    """Up: sums over the silo's rows. No row, no answer, no score of a single row leaves."""
+    """Up: sums over the silo's rows. No row and no answer leaves; of a silo with one row, the sums are that row's score."""
 
     rows: int
     places: int  # answer tokens
@@ -62,6 +62,8 @@ class Counts:
         flat = [n for row in self.confusion for n in row]
         square = all(len(row) == len(self.confusion) for row in self.confusion)
         told = min([self.rows, self.places, self.exact, *flat, *self.bleu]) >= 0 and (not flat or sum(flat) == self.rows)
+        if math.isnan(self.nll):
+            return "the loss is nan: lower method.lr or method.server_lr"
         if not told or not square or not 0 <= self.nll < math.inf or not 0 <= self.rouge_l <= self.rows + 1e-6:
             return f"counts are out of bounds: {self.rows} rows, {self.places} places, nll {self.nll}"
         return None
@@ -155,7 +157,7 @@ def _classes(model: Answers, rows: Sequence[Row], labels: Sequence[str]) -> list
     lengths = (
         [1] * len(rows)
         if model.resident.classifier
-        else [len(item.answer) for item in encode(model.resident, rows, stop=False)]
+        else [len(item.answer) for item in encode(model.resident, rows, stop=with_end(model.resident, labels))]
     )
     told = scores.argmax(1).tolist() if rows else []
     return [

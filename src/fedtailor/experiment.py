@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
@@ -16,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fedtailor import evaluate as scoring
 from fedtailor import find, progress
 from fedtailor.core import Ask
-from fedtailor.data import SILO_FIELDS, Data
+from fedtailor.data import SILO_FIELDS, Data, own_settings
 from fedtailor.errors import UserError, suggest
 from fedtailor.evaluate import Evaluate, Evaluation
 from fedtailor.faults import Faults
@@ -99,9 +100,8 @@ def run(
     method = experiment.method if method is None else method
     kept = None if keep is None else keep.newest()
     if kept is not None:
-        generation, memories, best = kept
-        done, state, log = generation.round, generation.state, list(generation.log)
-        engine.restore(done, memories)
+        done, state, best, log = kept.round, kept.state, kept.best, kept.log
+        engine.restore(done, kept.memories)
     else:
         began = time.perf_counter()
         done, best, state = 0, None, method.begin(engine.reach(0, disturbed=False))
@@ -156,12 +156,19 @@ def _ended(
         entry["evaluation_bytes_up"], entry["evaluation_bytes_down"] = engine.traffic.take()
         entry["val"] = found
         if name in found:
-            value = found[name]["mean"]
-            if best is None or scoring.better(name, value, best.value):
-                best = Best(number, value, state)
+            now = found[name]["per_silo"]
+            if best is None or _improved(name, now, best.per_silo):
+                best = Best(number, now, state)
     entry["rejected"] = {silo: why for n, silo, why in engine.rejected if n == number}
     entry["evaluation_seconds"] = time.perf_counter() - began - trained
     return entry, best
+
+
+def _improved(name: str, now: Mapping[str, float], before: Mapping[str, float]) -> bool:
+    """Over the silos that both rounds heard of: another set of silos would be another mean."""
+    shared = now.keys() & before.keys()
+    means = [math.fsum(values[silo] for silo in shared) for values in (now, before)]
+    return bool(shared) and scoring.better(name, *means)
 
 
 def _commit(
@@ -186,6 +193,8 @@ def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Exper
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file; shipped experiments are in experiments/") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from error
     table.setdefault("name", path.stem)
@@ -283,7 +292,7 @@ def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[
 
     own = per_silo(type(method)) if method is not None else frozenset()
     for name, settings in table.items() if isinstance(table, Mapping) else ():
-        if not isinstance(settings, Mapping):
+        if not isinstance(settings, dict):
             continue  # told by the schema
         where = f"{place}: [silo.{name}]"
         for key in [k for k in settings if k not in SILO_FIELDS | own]:
@@ -291,12 +300,11 @@ def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[
                 errors.append(f"{where} has no setting {key!r}{suggest(key, SILO_FIELDS | own)}")
         about_rows = {k: v for k, v in settings.items() if k in SILO_FIELDS}
         if data is not None and about_rows:
-            # one of answer, label and messages: the silo's own choice replaces that of [data]
-            asked = {"answer": "", "label": "", "messages": ""} if {"answer", "label", "messages"} & set(about_rows) else {}
-            _part(Data, {**asdict(data), **asked, **about_rows}, where, errors)
+            _part(Data, own_settings(data, about_rows), where, errors)
         mine = {k: v for k, v in settings.items() if k in own}
         if method is not None and mine:
-            _part(type(method), {**asdict(method), **mine}, where, errors)
+            checked = _part(type(method), {**asdict(method), **mine}, where, errors)
+            settings.update({k: getattr(checked, k) for k in mine if checked is not None})  # 2, where "2" was written
             for key in {"rank", "virtual_tokens"} & set(mine):
                 if isinstance(mine[key], int) and mine[key] > getattr(method, key):
                     errors.append(
@@ -313,6 +321,10 @@ def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
     before = len(errors)
     for key in [k for k in values if k not in known]:
         errors.append(f"{where} has no setting {key!r}{suggest(key, known)}")
+    for item in fields(kind):  # TOML tells true from 1: so do we
+        given = values.get(item.name)
+        if any(isinstance(v, bool) for v in (given if isinstance(given, list) else [given])) and "bool" not in str(item.type):
+            errors.append(f"{where} {item.name}: must not be true or false, not {given!r}")
     try:
         made = TypeAdapter(kind).validate_python({k: v for k, v in values.items() if k in known})
     except ValidationError as error:
@@ -341,15 +353,17 @@ def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[s
 
 
 def _found_source(table: dict[str, Any], folder: Path) -> None:
-    """A data file, relative to here or to the experiment's own folder, by its whole path: a resume finds it anywhere."""
-    from fedtailor import demo
+    """A data file or model folder, relative to here or to the experiment's own folder, by its whole path: a resume
+    finds it from anywhere."""
+    from fedtailor import demo, models
 
-    data = table.get("data")
-    source = data.get("source") if isinstance(data, dict) else None
-    if isinstance(source, str) and source not in demo.names():
-        found = next((p for p in (Path(source), folder / source) if p.exists()), None)
-        if found is not None and isinstance(data, dict):
-            data["source"] = str(found.resolve())
+    for part, key, names in (("data", "source", demo.names()), ("model", "name", [*models.PACKAGED, "tiny"])):
+        settings = table.get(part)
+        named = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and isinstance(named, str) and named not in names:
+            found = next((p for p in (Path(named).expanduser(), folder / named) if p.exists()), None)
+            if found is not None:
+                settings[key] = str(found.resolve())
 
 
 def _set(table: dict[str, Any], text: str) -> None:

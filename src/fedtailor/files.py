@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,9 @@ def disk_told(folder: Path) -> Iterator[None]:
         if "os error 28" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
+
+
+def placeless(text: str) -> str:
+    """The text of an experiment.toml without the folders that its data and model lie in: a page is passed on."""
+    absolute = r'^(source|name) = "(?:/|[A-Za-z]:)[^"\n]*[/\\]([^"/\\\n]+)"$'
+    return re.sub(absolute, r'\1 = "\2"', text, flags=re.MULTILINE)

@@ -7,12 +7,14 @@ each silo as of the round it last took part in, and the best state so far. Files
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedtailor import wire
+from fedtailor.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Best:
-    """The best round so far by validation, and its state; `value` in the metric's own unit."""
+    """The best round so far by validation, and its state; the metric of each silo in its own unit."""
 
     round: int
-    value: float
+    per_silo: Mapping[str, float]
     state: Any
 
 
@@ -37,9 +39,20 @@ class Generation:
 
     round: int
     state: Any
-    log: list[dict[str, Any]] = field(default_factory=list)  # one entry per round
+    log_bytes: int = 0  # of rounds.jsonl: what stands after them is of a commit that did not happen
     memories: Mapping[str, str] = field(default_factory=dict)  # silo -> file
     best: str = ""  # file
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A generation as it is read back."""
+
+    round: int
+    state: Any
+    memories: Mapping[str, dict[str, Any]]
+    best: Best | None
+    log: list[dict[str, Any]]  # one entry per round
 
 
 class Generations:
@@ -51,16 +64,24 @@ class Generations:
         self.log = folder / "rounds.jsonl"
         self._memories: dict[str, str] = {}
         self._best = ""
+        self._logged = self._log_bytes = 0  # entries and bytes of the log
 
-    def newest(self) -> tuple[Generation, dict[str, dict[str, Any]], Best | None] | None:
-        """The last committed generation, its silos' memories, and the best state; None before the first commit."""
+    def newest(self) -> Kept | None:
+        """What the last commit left; None before the first. Raises UserError when a file of it is damaged or gone."""
         if not self.file.exists():
             return None
-        found: Generation = wire.read_file(self.file)
-        self._memories, self._best = dict(found.memories), found.best
-        self._write_log(found.log)  # a kill may have come between commit and log
-        memories = {silo: dict(wire.read_file(self.folder / name).values) for silo, name in found.memories.items()}
-        return found, memories, wire.read_file(self.folder / found.best) if found.best else None
+        try:
+            found: Generation = wire.read_file(self.file)
+            self._memories, self._best = dict(found.memories), found.best
+            memories = {silo: dict(wire.read_file(self.folder / name).values) for silo, name in found.memories.items()}
+            best = wire.read_file(self.folder / found.best) if found.best else None
+            log = [json.loads(line) for line in self.log.read_bytes()[: found.log_bytes].splitlines()]
+            os.truncate(self.log, found.log_bytes)
+        except (wire.WireError, FileNotFoundError, ValueError) as error:
+            what = f"{self.folder}: damaged ({error}); delete {self.folder.parent} to train that row anew"
+            raise UserError(what) from error
+        self._logged, self._log_bytes = len(log), found.log_bytes
+        return Kept(found.round, found.state, memories, best, log)
 
     def commit(
         self,
@@ -83,12 +104,21 @@ class Generations:
         if best is not None and self._best != (name := f"best-{best.round}.safetensors"):
             wire.write_file(self.folder / name, best)
             self._best = name
-        wire.write_file(self.file, Generation(number, state, list(log), dict(self._memories), self._best))
-        self._write_log(log)
+        self._append(log[self._logged :])
+        wire.write_file(self.file, Generation(number, state, self._log_bytes, dict(self._memories), self._best))
         named = {self.file.name, self._best, *self._memories.values()}
         for file in self.folder.iterdir():
             if file.name not in named:
                 file.unlink()
 
-    def _write_log(self, log: Sequence[dict[str, Any]]) -> None:
-        wire.write_bytes(self.log, "".join(f"{json.dumps(entry)}\n" for entry in log).encode())
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """On the disk before the generation that counts it: a log is never rewritten, however long a run is."""
+        text = "".join(f"{json.dumps(entry, allow_nan=False)}\n" for entry in entries).encode()
+        with self.log.open("r+b" if self.log.exists() else "w+b") as file:
+            file.truncate(self._log_bytes)
+            file.seek(self._log_bytes)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._logged += len(entries)
+        self._log_bytes += len(text)

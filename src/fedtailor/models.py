@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from fedtailor import fetch, progress
-from fedtailor.errors import UserError, suggest
+from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.tuned import ATTENTION, Tuned
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -214,6 +214,11 @@ def resident(module: Any, tokenizer: Any, *, source: str, classifier: bool) -> R
     return Resident(module, tokenizer, source, digest.hexdigest(), classifier)
 
 
+def known(name: str) -> bool:
+    """False where it is plain, before anything is loaded, that there is no such model here; a hub id may still fail."""
+    return name in PACKAGED or name == "tiny" or Path(name).exists() or (name.count("/") == 1 and name[0] not in "./~")
+
+
 def listing() -> Mapping[str, str]:
     """Packaged models and what they are: what `fedtailor models` prints."""
     return {
@@ -260,5 +265,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def texts(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """Chat turns as the text that the model was trained to answer."""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    """Chat turns as the text that the model was trained to answer. Raises SiloError where its template refuses them."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in messages)
+        raise SiloError(f"the model's chat template does not take turns of {roles}: {error}") from error

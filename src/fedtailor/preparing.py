@@ -7,30 +7,55 @@ from collections.abc import Mapping
 from fedtailor import answering, baselines, models
 from fedtailor import data as rows_of
 from fedtailor.data import Row, SiloData
-from fedtailor.errors import SiloError, UserError
+from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.experiment import Experiment
 
 
 def prepare(experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
-    """The first seed's rows, then the base. Raises UserError for whatever can be known to fail later."""
-    loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
-    experiment.faults.check(loaded.silos)
+    """The first seed's rows, then the base. Raises UserError for whatever can be known to fail later, all that can be
+    known without the base at once."""
+    loaded = _told_together(experiment)
     classes = any(rows.labels for rows in loaded.silos.values())
-    _measurable(experiment, classes)
     resident = models.load(experiment.model)
     _answerable(experiment, resident, classes)
     if hasattr(experiment.method, "put_on"):
         experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values()))
-    fits(resident, loaded.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
-    if "few_shot" in experiment.rows and not resident.classifier:
-        examples = baselines.few_shot(loaded.silos, experiment.evaluate.examples, experiment.seeds[0])
-        with_examples = {
-            name: SiloData((), (), tuple(examples.told(row) for row in rows.test)) for name, rows in loaded.silos.items()
-        }
-        count = experiment.evaluate.examples
-        advice = f"the few_shot row puts {count} examples in front: lower evaluate.examples, or leave few_shot out of rows"
-        fits(resident, with_examples, advice=advice)
+    for seed in experiment.seeds:  # another seed deals other rows, and draws other examples
+        again = loaded if seed == experiment.seeds[0] else rows_of.load(experiment.data, experiment.silo, seed)
+        fits(resident, again.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
+        if "few_shot" in experiment.rows and not resident.classifier:
+            _few_shot_fits(experiment, resident, again.silos, seed)
     return loaded, resident
+
+
+def _told_together(experiment: Experiment) -> rows_of.Loaded:
+    errors: list[str] = []
+    name = experiment.model.name
+    if not models.known(name):
+        errors.append(f"[model] name = {name!r}: no model, folder or hub id{suggest(name, models.listing())}")
+    loaded = None
+    try:
+        loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
+        experiment.faults.check(loaded.silos)
+    except UserError as error:
+        errors.append(str(error))
+    try:
+        _measurable(experiment, bool(experiment.data.label))
+    except UserError as error:
+        errors.append(str(error))
+    if errors or loaded is None:
+        raise UserError("\n".join(errors))
+    return loaded
+
+
+def _few_shot_fits(
+    experiment: Experiment, resident: models.Resident, silos: Mapping[str, SiloData], seed: int
+) -> None:
+    count = experiment.evaluate.examples
+    examples = baselines.few_shot(silos, count, seed)
+    told = {name: SiloData((), (), tuple(examples.told(row) for row in rows.test)) for name, rows in silos.items()}
+    advice = f"the few_shot row puts {count} examples in front: lower evaluate.examples, or leave few_shot out of rows"
+    fits(resident, told, advice=advice)
 
 
 def fits(
@@ -41,8 +66,8 @@ def fits(
         return  # an encoder's texts are cut to fit
     for name, rows in silos.items():
         for split in ("train", "val", "test"):
-            # a token is at least one byte: only rows that could be too long are tokenized
-            for row in (row for row in getattr(rows, split) if _bytes(row) >= resident.context - taken):
+            # a token is at least one byte: only rows that could be too long are tokenized, and chats, for their turns
+            for row in (row for row in getattr(rows, split) if row.messages or _bytes(row) >= resident.context - taken):
                 try:
                     answering.encode(resident, [row], stop=True, taken=taken)
                 except SiloError as error:
@@ -66,5 +91,4 @@ def _answerable(experiment: Experiment, resident: models.Resident, classes: bool
 
 
 def _bytes(row: Row) -> int:
-    turns = sum(len(turn["content"].encode()) + 32 for turn in row.messages)
-    return len(row.prompt.encode()) + len(row.answer.encode()) + turns + 2
+    return len(row.prompt.encode()) + len(row.answer.encode()) + 3  # a token in front, a space between, the end

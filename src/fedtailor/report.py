@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtailor import plots
 from fedtailor.errors import RunError, UserError
+from fedtailor.files import placeless
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -186,7 +187,9 @@ def summary(result: Mapping[str, Any]) -> str:
         over = f" over {silos} silo{'' if silos == 1 else 's'}" if silos else ""
         reached = f"{metric.label} {number(there['federated'].mean(name))}{note}"
         return f"Federated customization{how}{over} reaches {reached}" + (f"; {compared}" if compared else "") + ending
-    return f"No federated result; {metric.label}{note}: {compared}{ending}" if compared else "No results yet."
+    if compared:
+        return f"No federated result; {metric.label}{note}: {compared}{ending}"
+    return "No test rows, so no results." if result.get("rows") else "No results yet."
 
 
 def lines(result: Mapping[str, Any]) -> list[Line]:
@@ -283,7 +286,7 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "samples": _samples(folders, found), "adapter": _adapter(adapter),
         "adapter_path": adapter.relative_to(folder).as_posix(),
         "rejected": {line.key: line.row["rejected"] for line in found if line.row.get("rejected")},
-        "file": toml.read_text(encoding="utf-8", errors="replace") if toml.is_file() else "",
+        "file": placeless(toml.read_text(encoding="utf-8", errors="replace")) if toml.is_file() else "",
         "label": _label, "metric": metric_of, "number": number, "with_spread": with_spread,
         "plain": lambda value: json.dumps(value, ensure_ascii=False, default=str),
     }

@@ -56,18 +56,17 @@ def columns(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(column for _, column in parts(template) if column is not None))
 
 
-def need(setting: str, column: str, table: Table) -> None:
-    """`setting` is the place for the message, such as `[data] label`."""
-    if column not in table.columns:
-        raise UserError(f"{setting}: {table.name} has no column {column!r}{suggest(column, table.columns)}")
+def missing(setting: str, column: str, table: Table) -> list[str]:
+    """The error, if the table lacks this column. `setting` is its place, such as `[data] label`."""
+    known = column in table.columns
+    return [] if known else [f"{setting}: {table.name} has no column {column!r}{suggest(column, table.columns)}"]
 
 
-def need_columns(place: str, data: Data, table: Table) -> None:
-    for column in columns(data.template):
-        need(f"{place} template", column, table)
-    for setting in ("answer", "label", "messages"):
-        if column := getattr(data, setting):
-            need(f"{place} {setting}", column, table)
+def lacking(place: str, data: Data, table: Table) -> list[str]:
+    """The errors, one for each column that the settings name and the table lacks."""
+    named = [("template", column) for column in columns(data.template)]
+    named += [(setting, getattr(data, setting)) for setting in ("answer", "label", "messages") if getattr(data, setting)]
+    return [error for setting, column in named for error in missing(f"{place} {setting}", column, table)]
 
 
 def value(column: str, table: Table, index: int) -> Any:
@@ -120,6 +119,8 @@ def _label(column: str, labels: tuple[str, ...], table: Table, index: int, silo:
     if found in labels:
         return found
     raw = value(column, table, index)
+    if isinstance(raw, str) and found.isascii() and found.isdigit():  # CSV has no numbers
+        raw = int(found)
     if isinstance(raw, int) and not isinstance(raw, bool) and 0 <= raw < len(labels):
         return labels[raw]
     raise UserError(

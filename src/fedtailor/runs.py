@@ -8,8 +8,10 @@ With several seeds, seed-<n>/ holds each seed's rows, and result.json their mean
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from fedtailor import __version__, models, wire
 from fedtailor import data as rows_of
 from fedtailor.errors import UserError
-from fedtailor.experiment import Experiment, as_table, parse
+from fedtailor.experiment import Experiment, as_table, load, parse
 from fedtailor.files import read_json, write_json
 from fedtailor.merging import merge
 from fedtailor.preparing import prepare
@@ -41,6 +43,7 @@ class Run:
         """All rows of all seeds; what is finished already is not done again. Returns, and writes, the result."""
         with locked(self.folder):
             self._settle_plan()
+            self._same("experiment", "experiment.toml", _digest(self.experiment))
             first, resident = self.prepared or prepare(self.experiment)
             self._same("model", "the base model or its dtype", resident.sha256)
             seeds, results = self.experiment.seeds, {}
@@ -102,9 +105,9 @@ class Run:
 
     def _result(self, environment: Mapping[str, Any], seeds: list[int], rows: Mapping[str, Any]) -> dict[str, Any]:
         experiment = as_table(self.experiment)
-        source = Path(experiment["data"]["source"])
-        if source.is_absolute():  # results are passed on: they need not say where the rows lie
-            experiment["data"]["source"] = source.name
+        for part, key in (("data", "source"), ("model", "name")):
+            if Path(experiment[part][key]).is_absolute():  # results are passed on: they need not say where things lie
+                experiment[part][key] = Path(experiment[part][key]).name
         return {
             "version": VERSION, "name": self.experiment.name, "experiment": experiment, "seeds": seeds,
             "environment": dict(environment), "command": self.command, "rows": dict(rows),
@@ -113,22 +116,61 @@ class Run:
 
 def begin(experiment: Experiment, out: Path | None, command: str) -> Run:
     """A new run in `out`, or in runs/<name>, or, where that is taken, in runs/<name>-2 and so on: nothing is overwritten."""
+    import tomli_w
+
+    text = tomli_w.dumps({**as_table(experiment), "command": command})
     folder = out or Path("runs") / experiment.name
     number = 2
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file, not a folder; choose another with --out")
-    while folder.exists() and any(folder.iterdir()):
+    while (made := _reserved(folder)) is None:
         if out is not None:
             raise UserError(f"--out {out}: not empty; choose another, or go on with `fedtailor run --resume {out}`")
         folder = Path("runs") / f"{experiment.name}-{number}"
         number += 1
-    import tomli_w
+    try:
+        wire.write_bytes(folder / "experiment.toml", text.encode())
+        return Run(experiment, folder, command, prepare(experiment))
+    except BaseException:  # what cannot run leaves no folder behind
+        for name in ("experiment.toml", ".lock"):
+            (folder / name).unlink(missing_ok=True)
+        for empty in made:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+        raise
 
-    prepared = prepare(experiment)  # what cannot run leaves no folder behind
+
+def _digest(experiment: Experiment) -> str:
+    return hashlib.sha256(json.dumps(as_table(experiment), sort_keys=True).encode()).hexdigest()
+
+
+def _reserved(folder: Path) -> list[Path] | None:
+    """Take an empty or new folder by its lock file, so that two starts at once never share one. Returns the folders
+    made for it, the innermost first; None when it is taken."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    text = tomli_w.dumps({**as_table(experiment), "command": command})
-    wire.write_bytes(folder / "experiment.toml", text.encode())
-    return Run(experiment, folder, command, prepared)
+    if any(folder.iterdir()):
+        return None
+    try:
+        (folder / ".lock").touch(exist_ok=False)
+    except FileExistsError:
+        return None
+    return missing
+
+
+def start(
+    file: Path | None, resumed: Path | None, sets: Sequence[str], seed: int | None, out: Path | None, command: str
+) -> Run:
+    """What `fedtailor run` is asked for: a new run of `file`, or the one in folder `resumed`, to go on."""
+    if file is None and resumed is None:
+        raise UserError("name an experiment file, or --resume FOLDER")
+    if resumed is not None and (out is not None or (file is None and (sets or seed is not None))):
+        raise UserError("--set, --seed and --out do not go with --resume: a run goes on as it was begun")
+    asked = None if file is None else load(file, sets, seed)
+    if resumed is not None:
+        return resume(resumed, asked)
+    assert asked is not None
+    return begin(asked, out, command)
 
 
 def resume(folder: Path, asked: Experiment | None = None) -> Run:

@@ -61,8 +61,7 @@ class Seed:
         for earlier in self.before:
             other = earlier / "rows" / "zero_shot" / "row.json"
             if other.exists() and read_json(other).get("test_sha256") == self._test_sha256:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(other, file)
+                write_json(file, read_json(other))
 
     def _row(self, row: str) -> dict[str, Any]:
         experiment = self.run.experiment
@@ -82,9 +81,10 @@ class Seed:
     def _served(self, served: Any) -> dict[str, Any]:
         """A row without training."""
         began = time.perf_counter()
-        found, _ = self._tested(served)
+        found, (up, down) = self._tested(served)
         return {
             **scoring.summary(found), "bytes_up": 0, "bytes_down": 0, "seconds": 0.0,
+            "evaluation_bytes_up": up, "evaluation_bytes_down": down,
             "evaluation_seconds": time.perf_counter() - began, "peak_memory_mb": peak.megabytes(), "trained_parameters": 0,
             "samples": self._samples(served),
         }  # fmt: skip
@@ -97,7 +97,7 @@ class Seed:
         engine = self._engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated)
         report = run(experiment, engine, Generations(folder), method, self.seed)
         if federated:
-            shutil.copyfile(folder / "rounds.jsonl", self.folder / "rounds.jsonl")
+            wire.write_bytes(self.folder / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes())
             self._export(method, report.served)
         began = time.perf_counter()
         found, traffic = self._tested(report.served)
@@ -114,16 +114,27 @@ class Seed:
         }  # fmt: skip
 
     def _alone(self) -> dict[str, Any]:
-        """Each silo for itself: per_silo[s] is silo s's model over all silos' tests, own[s] over its own."""
+        """Each silo for itself: per_silo[s] is silo s's model over all silos' tests, own[s] over its own.
+
+        A silo that cannot train alone is named in `rejected`; the row is that of the others.
+        """
         parts: dict[str, dict[str, Any]] = {}
+        rejected: dict[str, int] = {}
         for silo in self.data:
             folder = self.folder / "rows" / "alone" / file_name(silo)
             file = folder / "row.json"
             if not file.exists():
                 progress.line(f"alone: {silo} ...")
                 method = self.run.experiment.method_of("alone")
-                write_json(file, self._trained(folder, baselines.alone(self.data, silo), method))
+                try:
+                    write_json(file, self._trained(folder, baselines.alone(self.data, silo), method))
+                except RunError as error:
+                    progress.line(f"alone: {error}")
+                    rejected[f"{silo}: {error}"] = 1
+                    continue
             parts[silo] = read_json(file)
+        if not parts:
+            raise RunError(f"no silo could train alone; {next(iter(rejected))}")
         names = {
             name
             for part in parts.values()
@@ -143,7 +154,7 @@ class Seed:
             **{name: sum(part[name] for part in parts.values()) for name in ADDED},
             "peak_memory_mb": max(part["peak_memory_mb"] for part in parts.values()),
             "trained_parameters": first["trained_parameters"], "rounds": self.run.experiment.rounds,
-            "samples": first["samples"],
+            "rejected": rejected, "samples": first["samples"],
         }  # fmt: skip
 
     def _engine(self, data: Mapping[str, SiloData], rounds: int, name: str, disturbed: bool) -> InProcess:

@@ -99,7 +99,11 @@ def _jsonl(path: Path, name: str) -> Table:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if "\\ud" in line.lower():  # half of a pair that stands for one character: no text, and no bytes either
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{name} line {number}: half a surrogate pair (\\ud...), cut off; mend the text") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{name} line {number}: not valid JSON ({error}); each line must be one JSON object"
             ) from None
@@ -121,6 +125,10 @@ def _csv(path: Path, name: str) -> Table:
     rows: list[Record] = []
     lines = []
     try:
+        header = [name.strip() for name in reader.fieldnames or ()]
+        if "" in header or len(set(header)) < len(header):
+            odd = next(name for name in header if not name or header.count(name) > 1)
+            raise UserError(f"{name} line 1: {'an empty column name' if not odd else f'two columns {odd!r}'}; name each once")
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(

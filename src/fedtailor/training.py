@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtailor import progress
-from fedtailor.answering import Encoded, batch, class_batch, encode, encode_classes
+from fedtailor.answering import Encoded, batch, class_batch, encode, encode_classes, with_end
 from fedtailor.data import SiloData
 from fedtailor.models import Resident
 from fedtailor.tuned import Batch, Tensors, Tuned, stack
@@ -63,11 +63,12 @@ def draw(resident: Resident, data: SiloData, how: Local, seed: int, taken: int =
         order += torch.randperm(len(rows), generator=dice).tolist()
     chosen = [rows[i] for i in order[:wanted]]
     pad = int(resident.tokenizer.pad_token_id)
+    stop = not data.labels or with_end(resident, data.labels)
     make: Callable[[Sequence[Encoded], int], Batch]
     if resident.classifier:
         items, make = encode_classes(resident, chosen, data.labels, taken), class_batch
     else:
-        items, make = encode(resident, chosen, stop=not data.labels, taken=taken), batch
+        items, make = encode(resident, chosen, stop=stop, taken=taken), batch
     items = sorted(items, key=len)
     batches = [make(items[i : i + how.batch_size], pad) for i in range(0, wanted, how.batch_size)]
     batches = [batches[i] for i in torch.randperm(passes, generator=dice).tolist()]

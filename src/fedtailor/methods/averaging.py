@@ -26,6 +26,7 @@ from fedtailor.tuned import Tensors, Tuned
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -76,8 +77,7 @@ class Trained:
         if not 0 < self.weight <= len(asked.lrs) * asked.method.batch_size * asked.method.accumulate * 1024:
             return f"weight {self.weight} is out of bounds"
         limit = asked.method.max_delta_norm
-        norm = torch.stack([d.norm() for d in self.delta.values()]).norm().item()
-        if limit is not None and norm > limit:
+        if limit is not None and (norm := _norm(self.delta)) > limit:
             return f"norm {norm:.3g} is above method.max_delta_norm = {limit:.3g}"
         return None
 
@@ -124,8 +124,8 @@ class Averaging(Method[State], abc.ABC):
     max_delta_norm: Positive | None = None  # a reply with a larger one is rejected
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # Reddi et al. 2021
     server_lr: Positive = 1.0
-    server_momentum: NotNegative = 0.9
-    server_beta2: NotNegative = 0.99
+    server_momentum: Decay = 0.9
+    server_beta2: Decay = 0.99
     server_epsilon: Positive = 1e-3
 
     @abc.abstractmethod
@@ -168,18 +168,17 @@ class Averaging(Method[State], abc.ABC):
                 raise RunError(f"round {ask.round}: method.aggregate = {self.aggregate!r} gave numbers that are not finite")
             loss = math.fsum(r.loss * r.weight for r in replies) / math.fsum(r.weight for r in replies)
         tensors, moments = self.moved(state, delta)
-        norm = torch.stack([d.norm() for d in delta.values()]).norm().item()
-        return State(tensors, moments, {"train_loss": loss, "delta_norm": norm})
+        return State(tensors, moments, {"train_loss": loss, "delta_norm": _norm(delta)})
 
     def serve(self, state: State) -> Adapted:
         head = state.tensors.get("head.bias")
         return Adapted(self, state.tensors, 0 if head is None else len(head))
 
     def pooled(self, silos: int) -> Averaging:
-        """One pooled silo: as many local steps as all silos take, optimizer kept, and no server optimizer on top."""
+        """One pooled silo: as many local steps as all silos take, optimizer kept, nothing that is meant for many silos."""
         return replace(
             self, local_steps=self.local_steps * silos, optimizer_state="keep", server_optimizer="none", server_lr=1.0,
-            aggregate="mean",
+            aggregate="mean", prox=0.0, max_delta_norm=None,
         )  # fmt: skip
 
     def lrs(self, number: int, rounds: int) -> tuple[float, ...]:
@@ -257,6 +256,11 @@ def _place(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def _norm(tensors: Tensors) -> float:
+    """Of all numbers together, in fp64: the square of a large fp32 is none."""
+    return math.sqrt(math.fsum(t.double().square().sum().item() for t in tensors.values()))
 
 
 @in_silo(memory=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedtailor.methods.averaging import Averaging, Positive
@@ -26,6 +27,7 @@ class Full(Averaging):
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """A folder that `AutoModelForCausalLM.from_pretrained` (an encoder: `AutoModel`) loads, in fp32 as trained."""
         from safetensors.torch import save_file
+        from transformers import AutoConfig
 
         weights = {n: t for n, t in tensors.items() if not n.startswith("head.")}
         buffers = {n: t for n, t in resident.module.state_dict().items() if n not in weights}
@@ -33,5 +35,8 @@ class Full(Averaging):
         whole = weights | {n: t for n, t in buffers.items() if n not in tied}
         resident.module.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in whole.items()})
         resident.tokenizer.save_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        config.dtype = torch.float32  # of the weights as saved; the base's own would round them at loading
+        config.save_pretrained(folder)
         if head := {n: t for n, t in tensors.items() if n.startswith("head.")}:
             save_file(head, folder / "head.safetensors")
