@@ -57,11 +57,14 @@ def run(
     seed: SeedOption = None,
     folder: Annotated[Path | None, typer.Option("--out", help="the run's folder; default runs/<name>")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run of this folder")] = None,
+    federation: Annotated[Path | None, typer.Option("--federation", help="over silos elsewhere: the server's kit")] = None,
 ) -> None:
     """Run an experiment: all its rows, then a table, a report page and the adapter."""
     from fedtailor import report, runs
+    from fedtailor.engines import courier
 
-    one = runs.start(file, resume, sets or [], seed, folder, "fedtailor " + shlex.join(sys.argv[1:]))
+    reached = None if federation is None else courier.of(federation)
+    one = runs.start(file, resume, sets or [], seed, folder, "fedtailor " + shlex.join(sys.argv[1:]), reached)
     err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
     try:
         result = one.conduct()
@@ -163,7 +166,10 @@ def silo(
     one = worker.Worker(site.read(config))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    one.serve()
+    try:
+        one.serve()
+    except KeyboardInterrupt:
+        logging.info("stopped; what was learnt of open runs is kept in %s", one.site.folder)
 
 
 @app.command()

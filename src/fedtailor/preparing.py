@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedtailor import answering, baselines, models
 from fedtailor import data as rows_of
@@ -11,16 +11,16 @@ from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.experiment import Experiment
 
 
-def prepare(experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
+def prepare(experiment: Experiment, afar: Sequence[str] = ()) -> tuple[rows_of.Loaded, models.Resident]:
     """The first seed's rows, then the base. Raises UserError for whatever can be known to fail later, all that can be
-    known without the base at once."""
-    loaded = _told_together(experiment)
+    known without the base at once. `afar`: silos that keep their rows themselves, and try them on contact."""
+    loaded = _told_together(experiment, afar)
     classes = any(rows.labels for rows in loaded.silos.values())
     resident = models.load(experiment.model)
     _answerable(experiment, resident, classes)
     if hasattr(experiment.method, "put_on"):
         experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values()))
-    for seed in experiment.seeds:  # another seed deals other rows, and draws other examples
+    for seed in () if afar else experiment.seeds:  # another seed deals other rows, and draws other examples
         again = loaded if seed == experiment.seeds[0] else rows_of.load(experiment.data, experiment.silo, seed)
         fits(resident, again.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
         if "few_shot" in experiment.rows and not resident.classifier:
@@ -28,14 +28,23 @@ def prepare(experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
     return loaded, resident
 
 
-def _told_together(experiment: Experiment) -> rows_of.Loaded:
+def kept_afar(experiment: Experiment, silos: Sequence[str]) -> rows_of.Loaded:
+    """What the server knows of silos in processes of their own: their names, and the label words."""
+    labels = experiment.data.labels
+    if experiment.data.label and not labels:
+        raise UserError("[data] labels: over a federation no one reads all rows, so write the label words into the experiment")
+    return rows_of.Loaded({name: SiloData((), (), (), labels) for name in silos}, "", {})
+
+
+def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loaded:
     errors: list[str] = []
     name = experiment.model.name
     if not models.known(name):
         errors.append(f"[model] name = {name!r}: no model, folder or hub id{suggest(name, models.listing())}")
     loaded = None
     try:
-        loaded = rows_of.load(experiment.data, experiment.silo, experiment.seeds[0])
+        first = experiment.seeds[0]
+        loaded = kept_afar(experiment, afar) if afar else rows_of.load(experiment.data, experiment.silo, first)
         experiment.faults.check(loaded.silos)
     except UserError as error:
         errors.append(str(error))

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 from fedtailor import __version__, models, wire
 from fedtailor import data as rows_of
+from fedtailor.engines.courier import Courier
 from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment, as_table, load, parse
 from fedtailor.files import read_json, write_json
@@ -38,18 +40,20 @@ class Run:
     command: str = ""
     prepared: tuple[rows_of.Loaded, models.Resident] | None = None  # the first seed's rows, and the base
     plan: dict[str, Any] = field(default_factory=dict)  # threads and cohort sizes, fixed before the first step
+    courier: Courier | None = None  # to silos in processes of their own; None: all silos are in this one
 
     def conduct(self) -> dict[str, Any]:
         """All rows of all seeds; what is finished already is not done again. Returns, and writes, the result."""
         with locked(self.folder):
             self._settle_plan()
             self._same("experiment", "experiment.toml", _digest(self.experiment))
-            first, resident = self.prepared or prepare(self.experiment)
+            first, resident = self.prepared or prepare(self.experiment, self.afar)
             self._same("model", "the base model or its dtype", resident.sha256)
             seeds, results = self.experiment.seeds, {}
             environment: dict[str, Any] = {}
             for seed in seeds:
-                loaded = first if seed == seeds[0] else rows_of.load(self.experiment.data, self.experiment.silo, seed)
+                again = seed != seeds[0] and not self.afar
+                loaded = rows_of.load(self.experiment.data, self.experiment.silo, seed) if again else first
                 self._same_data(seed, loaded.sha256)
                 here = self.folder if len(seeds) == 1 else self.folder / f"seed-{seed}"
                 before = [self.folder / f"seed-{s}" for s in seeds[: seeds.index(seed)]]
@@ -63,6 +67,15 @@ class Run:
             write_json(self.folder / "result.json", result)
             return result
 
+    @property
+    def afar(self) -> tuple[str, ...]:
+        return () if self.courier is None else self.courier.silos
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows that can be had: baselines pool what silos hold, so over a federation there are none but zero-shot."""
+        return [row for row in self.experiment.rows if not self.courier or row in ("zero_shot", "federated")]
+
     def planned(self, plan: Mapping[str, int]) -> None:
         self.plan["cohort"] = dict(plan)
         write_json(self.folder / "plan.json", self.plan)
@@ -71,8 +84,13 @@ class Run:
         file = self.folder / "plan.json"
         if file.exists():
             self.plan = read_json(file)
+            if ("run" in self.plan) != (self.courier is not None):
+                how = "over a federation: add --federation" if "run" in self.plan else "in one process: leave --federation out"
+                raise UserError(f"{self.folder}: this run began {how}")
         else:
             self.plan = {"threads": self.experiment.engine.threads or torch.get_num_threads(), "cohort": {}}
+            if self.courier is not None:
+                self.plan["run"] = secrets.token_hex(8)  # silos keep memories by it: another run never finds them
             write_json(file, self.plan)
         torch.set_num_threads(int(self.plan["threads"]))
 
@@ -114,7 +132,7 @@ class Run:
         }  # fmt: skip
 
 
-def begin(experiment: Experiment, out: Path | None, command: str) -> Run:
+def begin(experiment: Experiment, out: Path | None, command: str, courier: Courier | None = None) -> Run:
     """A new run in `out`, or in runs/<name>, or, where that is taken, in runs/<name>-2 and so on: nothing is overwritten."""
     import tomli_w
 
@@ -130,7 +148,9 @@ def begin(experiment: Experiment, out: Path | None, command: str) -> Run:
         number += 1
     try:
         wire.write_bytes(folder / "experiment.toml", text.encode())
-        return Run(experiment, folder, command, prepare(experiment))
+        one = Run(experiment, folder, command, courier=courier)
+        one.prepared = prepare(experiment, one.afar)
+        return one
     except BaseException:  # what cannot run leaves no folder behind
         for name in ("experiment.toml", ".lock"):
             (folder / name).unlink(missing_ok=True)
@@ -159,8 +179,9 @@ def _reserved(folder: Path) -> list[Path] | None:
 
 
 def start(
-    file: Path | None, resumed: Path | None, sets: Sequence[str], seed: int | None, out: Path | None, command: str
-) -> Run:
+    file: Path | None, resumed: Path | None, sets: Sequence[str], seed: int | None, out: Path | None, command: str,
+    courier: Courier | None = None,
+) -> Run:  # fmt: skip
     """What `fedtailor run` is asked for: a new run of `file`, or the one in folder `resumed`, to go on."""
     if file is None and resumed is None:
         raise UserError("name an experiment file, or --resume FOLDER")
@@ -168,12 +189,12 @@ def start(
         raise UserError("--set, --seed and --out do not go with --resume: a run goes on as it was begun")
     asked = None if file is None else load(file, sets, seed)
     if resumed is not None:
-        return resume(resumed, asked)
+        return resume(resumed, asked, courier)
     assert asked is not None
-    return begin(asked, out, command)
+    return begin(asked, out, command, courier)
 
 
-def resume(folder: Path, asked: Experiment | None = None) -> Run:
+def resume(folder: Path, asked: Experiment | None = None, courier: Courier | None = None) -> Run:
     """The run of that folder, to go on where it stopped. `asked`: must be the same experiment as the folder's."""
     import tomllib
 
@@ -194,7 +215,7 @@ def resume(folder: Path, asked: Experiment | None = None) -> Run:
         raise UserError(
             f"--resume {folder}: holds another experiment (differs in {', '.join(differing)}); leave FILE out, or start anew"
         )
-    return Run(experiment, folder, command)
+    return Run(experiment, folder, command, courier=courier)
 
 
 @contextlib.contextmanager

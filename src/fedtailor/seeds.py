@@ -15,6 +15,8 @@ from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import SiloData
 from fedtailor.engines.in_process import InProcess
+from fedtailor.engines.remote import Remote
+from fedtailor.engines.worker import Open
 from fedtailor.errors import RunError
 from fedtailor.evaluate import Evaluate
 from fedtailor.experiment import drawn, run
@@ -41,7 +43,7 @@ class Seed:
     def conduct(self) -> dict[str, Any]:
         experiment = self.run.experiment
         found: dict[str, Any] = {}
-        for row in experiment.rows:
+        for row in self.run.rows:
             file = self.folder / "rows" / row / "row.json"
             if not file.exists() and row == "zero_shot":
                 self._taken(file)
@@ -157,11 +159,20 @@ class Seed:
             "rejected": rejected, "samples": first["samples"],
         }  # fmt: skip
 
-    def _engine(self, data: Mapping[str, SiloData], rounds: int, name: str, disturbed: bool) -> InProcess:
+    def _engine(self, data: Mapping[str, SiloData], rounds: int, name: str, disturbed: bool) -> InProcess | Remote:
         experiment = self.run.experiment
         more: dict[str, Any] = {"faults": experiment.faults} if disturbed else {}
         if experiment.engine.record and disturbed:
             more["record"] = Recorder(self.folder / "messages")
+        if self.run.courier is not None:
+            opening = Open(
+                f"{self.run.plan['run']}/{name}/{self.seed}", self.seed, experiment.data, experiment.model,
+                experiment.silo, experiment.engine.threads,
+            )  # fmt: skip
+            return Remote(
+                self.run.courier, opening, rounds, experiment.engine.deadline, experiment.engine.minimum,
+                self.resident.sha256, **more,
+            )  # fmt: skip
         return InProcess(
             data, {"base": self.resident}, seed=self.seed, rounds=rounds, run=f"{name}/{self.seed}",
             cohort=experiment.engine.cohort, plan=dict(self.run.plan["cohort"]), on_plan=self.run.planned, **more,
@@ -169,13 +180,14 @@ class Seed:
 
     def _tested(self, served: Any) -> tuple[dict[str, dict[str, float]], tuple[int, int]]:
         """Metrics per silo on the test rows: read once, here."""
-        tested = {name: rows for name, rows in self.data.items() if rows.test}
+        tested = {name: rows for name, rows in self.data.items() if rows.test or self.run.courier}
         if not tested:
             return {}, (0, 0)
         engine = self._engine(tested, 0, "test", disturbed=False)
         body = Evaluate(served, "test", self.run.experiment.evaluate.max_new_tokens)
         found = scoring.ask_all(engine.reach(0, disturbed=False), body)
-        if engine.rejected:  # a mean over other silos would stand beside the other rows' as if it were the same
+        # a mean over other silos would stand beside the other rows' as if it were the same; afar it is named instead
+        if engine.rejected and not self.run.courier:
             why = "; ".join(f"{silo}: {why}" for _, silo, why in engine.rejected[:3])
             raise RunError(f"test rows could not be scored: {why}")
         return found, engine.traffic.take()

@@ -5,16 +5,19 @@ A courier knows heads and bytes, no methods, no rounds. It may lose any message:
 
 from __future__ import annotations
 
+import importlib
 import socket
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedtailor import find
 from fedtailor.engines import frames
-from fedtailor.errors import UserError
+from fedtailor.errors import UserError, suggest
 
 Head = Mapping[str, Any]
 
@@ -30,7 +33,8 @@ class Answer:
 
 
 class Courier(Protocol):
-    silos: tuple[str, ...]  # whom it can reach, in order
+    @property
+    def silos(self) -> tuple[str, ...]: ...  # whom it can reach, in order
 
     def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
         """The same message to several silos; one Answer each, as they come, within `timeout` seconds."""
@@ -64,6 +68,28 @@ class Sockets:
             return Answer(silo, lost=f"no reply within {timeout:.3g} s")
         except (OSError, frames.FrameError) as error:
             return Answer(silo, lost=f"its worker cannot be reached: {error}")
+
+
+def of(kit: Path) -> Courier:
+    """The courier that a kit's federation.toml names: `engine = "sockets"` and `[silos]`, name = path of its socket.
+
+    Any other engine is the module of that name beside this one, whose `courier(kit)` makes it. Raises UserError.
+    """
+    file = kit / "federation.toml" if kit.is_dir() else kit
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--federation {kit}: {file.name} cannot be read ({error})") from error
+    engine, silos = table.get("engine"), table.get("silos")
+    if engine == "sockets":
+        if not isinstance(silos, dict) or not silos:
+            raise UserError(f"{file}: [silos] is missing; write one line for each silo: name = 'path of its worker.sock'")
+        return Sockets({name: file.parent / str(path) for name, path in silos.items()})
+    known = [name for name in find.names("fedtailor.engines") if name == "nvflare" or name == "flower"]
+    if engine not in known:
+        raise UserError(f"{file}: engine = {engine!r}: no such engine{suggest(str(engine), ['sockets', *known])}")
+    found: Courier = importlib.import_module(f"fedtailor.engines.{engine}").courier(file.parent)
+    return found
 
 
 def connect(path: Path, timeout: float) -> socket.socket:

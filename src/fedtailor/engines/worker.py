@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fedtailor import __version__, models, wire
+from fedtailor import __version__, models, preparing, wire
 from fedtailor.data import Data
 from fedtailor.engines import courier, frames
 from fedtailor.engines.desk import Desk, Done, Request, answer
@@ -139,6 +139,7 @@ class Worker:
             torch.set_num_threads(body.threads)
         rows = self.site.rows(body.data, body.settings.get(self.site.name, {}), body.seed)
         resident = models.load(self.site.base(body.model))
+        preparing.fits(resident, {self.site.name: rows})  # the template is tried on every row before anything is trained
         known = self._read(body.run)
         desk = Desk(self.site.name, rows, {"base": resident}, body.seed)
         if known is not None:
