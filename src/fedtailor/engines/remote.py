@@ -76,13 +76,12 @@ class Remote:
         """In silo order, each as soon as those before it are settled."""
         request = replace(request, committed=self._committed)
         came: dict[str, Arrival] = {}
-        queue = list(to)
+        queue, usable = list(to), 0
         for arrival in self._gathered(request, to, self.deadline if deadline is None else deadline):
             came[arrival.silo] = arrival
+            usable += not arrival.missing
             while queue and queue[0] in came:
                 yield came.pop(queue.pop(0))
-        usable = len(to) - sum(bool(arrival.missing) for arrival in came.values())
-        yield from (came[silo] for silo in queue)
         if usable < min(self.minimum, len(to)):
             raise RunError(f"round {request.round}: {usable} replies, fewer than engine.minimum = {self.minimum}")
 

@@ -1,0 +1,56 @@
+"""Messages over a socket: whole, or a named error before memory is spent."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedtailor.engines import frames
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    one.settimeout(5)
+    other.settimeout(5)
+    with one, other:
+        yield one, other
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    head=st.dictionaries(st.text(), st.one_of(st.none(), st.booleans(), st.integers(), st.text())), body=st.binary(max_size=99)
+)
+def test_what_is_sent_arrives(ends: tuple[socket.socket, socket.socket], head: dict[str, object], body: bytes) -> None:
+    frames.send(ends[0], head, body)
+    frames.send(ends[0], {"next": 1})
+    assert frames.receive(ends[1]) == (head, body)
+    assert frames.receive(ends[1]) == ({"next": 1}, b"")
+
+
+@pytest.mark.parametrize(("head", "body"), [(frames.HEAD_LIMIT + 1, 0), (2, 10 * 1024**3), (2, 101)])
+def test_what_is_too_large_is_refused_by_its_announcement(
+    ends: tuple[socket.socket, socket.socket], head: int, body: int
+) -> None:
+    ends[0].sendall(struct.pack(">IQ", head, body))  # and nothing after it: it must not be waited for
+    with pytest.raises(frames.FrameError, match=rf"a message of {head} \+ {body} bytes was announced; the limits are"):
+        frames.receive(ends[1], limit=100)
+
+
+def test_half_a_message_is_told(ends: tuple[socket.socket, socket.socket]) -> None:
+    ends[0].sendall(struct.pack(">IQ", 2, 10) + b"{}" + b"half")
+    ends[0].close()
+    with pytest.raises(frames.Closed, match="closed the connection after 4 of 10 bytes"):
+        frames.receive(ends[1])
+
+
+@pytest.mark.parametrize("text", [b"not json", b"[1]", b"\xff"])
+def test_a_head_that_is_none(ends: tuple[socket.socket, socket.socket], text: bytes) -> None:
+    ends[0].sendall(struct.pack(">IQ", len(text), 0) + text)
+    with pytest.raises(frames.FrameError, match="a message's head is no"):
+        frames.receive(ends[1])

@@ -1,0 +1,116 @@
+"""The same experiment in one process and over workers in processes of their own: the same tensors, bit for bit.
+
+Methods are found by themselves. One thread and cohorts of one everywhere, as for all bit-equal runs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtailor import data, experiment, find, models, wire
+from fedtailor.engines.courier import Sockets
+from fedtailor.engines.in_process import InProcess
+from fedtailor.engines.remote import Remote
+from fedtailor.engines.worker import Open
+
+TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
+SILOS = ("cafe", "clinic", "shop")
+
+
+class Federation:
+    """Three workers, each a process; `kill` ends one at once, and starts it again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        for silo in SILOS:
+            (folder / silo).mkdir()
+            (folder / silo / "silo.toml").write_text(f'name = "{silo}"\n')
+            self.start(silo)
+        self.sockets = Sockets({silo: folder / silo / "silo" / "worker.sock" for silo in SILOS})
+
+    def start(self, silo: str) -> None:
+        command = [sys.executable, "-c", "from fedtailor.cli import main; main()", "silo"]
+        log = (self.folder / silo / "log").open("ab")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.processes[silo] = subprocess.Popen(
+            [*command, "--config", str(self.folder / silo / "silo.toml")], stderr=log, env=environment
+        )
+
+    def kill(self, silo: str) -> None:
+        """Returns once the new one listens."""
+        self.processes[silo].kill()
+        self.processes[silo].wait()
+        self.start(silo)
+        while next(self.sockets.exchange([silo], {"kind": "hello"}, b"", 5)).lost:
+            time.sleep(0.1)
+
+    def stop(self) -> list[int]:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        return [process.wait(30) for process in self.processes.values()]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    one = Federation(tmp_path_factory.mktemp("federation"))
+    yield one
+    assert one.stop() == [0, 0, 0]
+
+
+def asked(*sets: str) -> experiment.Experiment:
+    return experiment.load(TINY, ["rounds=2", "method.optimizer_state=keep", "engine.cohort=1", *sets])
+
+
+def here(one: experiment.Experiment) -> Any:
+    silos = data.load(one.data, one.silo, 0).silos
+    return experiment.run(one, InProcess(silos, {"base": models.load(one.model)}, rounds=one.rounds))
+
+
+def afar(one: experiment.Experiment, federation: Federation, run: str) -> tuple[Any, Remote]:
+    engine = Remote(federation.sockets, Open(run, 0, one.data, one.model, one.silo, 1), rounds=one.rounds)
+    return experiment.run(one, engine), engine
+
+
+@pytest.mark.parametrize("method", sorted(find.methods()))
+def test_over_sockets(federation: Federation, method: str) -> None:
+    one = asked(f"method.name={method}")
+    report, engine = afar(one, federation, method)
+    expected = here(one)
+    assert wire.pack(report.state) == wire.pack(expected.state)
+    assert [entry["val"] for entry in report.log] == [entry["val"] for entry in expected.log]
+    assert {found.loads for found in engine.opened.values()} == {1}, "the base is loaded once, whatever the method"
+
+
+def test_workers_killed_in_the_middle(federation: Federation) -> None:
+    """SIGKILL, at moments that differ from run to run: while training, answering, or between."""
+    one = asked("rounds=60", "evaluate.every=60")
+    over, kills, dice = threading.Event(), 0, random.Random()
+
+    def killer() -> None:
+        nonlocal kills
+        while not over.wait(dice.random()):
+            federation.kill(dice.choice(SILOS))
+            kills += 1
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        report, engine = afar(one, federation, "killed")
+    finally:
+        over.set()
+        thread.join()
+    assert kills > 0
+    assert wire.pack(report.state) == wire.pack(here(one).state)
+    assert engine.rejected == []

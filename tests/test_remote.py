@@ -1,0 +1,188 @@
+"""The engine over workers: whatever is lost, repeated or restarted on the way, the tensors at the end are the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtailor import data, experiment, models, wire
+from fedtailor.engines import remote
+from fedtailor.engines.courier import Answer
+from fedtailor.engines.in_process import InProcess
+from fedtailor.engines.remote import Remote
+from fedtailor.engines.site import Site
+from fedtailor.engines.worker import Open, Opened, Worker
+from fedtailor.errors import RunError
+from fedtailor.experiment import Experiment
+from fedtailor.generations import Generations
+
+TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
+SILOS = ("cafe", "clinic", "shop")
+
+
+def asked(*sets: str) -> Experiment:
+    return experiment.load(TINY, ["rounds=3", "method.optimizer_state=keep", "engine.cohort=1", *sets])
+
+
+@dataclass
+class Straight:
+    """A courier that calls the workers; `fate(silo)` says what becomes of each message."""
+
+    folder: Path
+    fate: Any = lambda silo: "fine"
+    silos: tuple[str, ...] = SILOS
+    workers: dict[str, Worker] = field(default_factory=dict)
+    sent: list[tuple[str, str]] = field(default_factory=list)
+
+    def worker(self, silo: str) -> Worker:
+        if silo not in self.workers:
+            (self.folder / silo).mkdir(parents=True, exist_ok=True)
+            self.workers[silo] = Worker(Site(silo, self.folder / silo))
+        return self.workers[silo]
+
+    def exchange(self, to: Sequence[str], head: Mapping[str, Any], body: bytes, timeout: float) -> Iterator[Answer]:
+        for silo in reversed(to):  # not in order: the engine puts them in order
+            self.sent.append((silo, head["kind"]))
+            fate = self.fate(silo)
+            if fate == "never arrives":
+                yield Answer(silo, lost="lost on the way there")
+                continue
+            if fate == "twice":
+                self.worker(silo).handle(head, body)
+            answer = self.worker(silo).handle(head, body)
+            if fate == "dies after":
+                del self.workers[silo]
+            yield Answer(silo, lost="lost on the way back") if fate == "reply lost" else Answer(silo, *answer)
+            if fate == "dies":
+                del self.workers[silo]
+
+
+def engine(courier: Any, of: Experiment, run: str = "run", **more: Any) -> Remote:
+    return Remote(courier, Open(run, 0, of.data, of.model, of.silo, 1), rounds=of.rounds, **more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[bytes, list[Any]]:
+    one = asked()
+    local = InProcess(data.load(one.data, one.silo, 0).silos, {"base": models.load(one.model)}, rounds=one.rounds)
+    report = experiment.run(one, local)
+    return wire.pack(report.state), [(e["bytes_up"], e["bytes_down"], e["val"]) for e in report.log]
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", (0.0, 0.0))
+
+
+def test_the_same_as_in_one_process(tmp_path: Path, undisturbed: tuple[bytes, list[Any]]) -> None:
+    report = experiment.run(asked(), engine(Straight(tmp_path), asked()))
+    assert wire.pack(report.state) == undisturbed[0]
+    assert [(e["bytes_up"], e["bytes_down"], e["val"]) for e in report.log] == undisturbed[1]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_losses_and_restarts_change_nothing(tmp_path: Path, undisturbed: tuple[bytes, list[Any]], seed: int) -> None:
+    dice = random.Random(seed)
+    fates = ["fine", "never arrives", "reply lost", "twice", "dies", "dies after"]
+    courier = Straight(tmp_path, lambda silo: dice.choice(fates))
+    one = engine(courier, asked())
+    report = experiment.run(asked(), one)
+    assert wire.pack(report.state) == undisturbed[0]
+    assert one.rejected == []
+    assert len(courier.sent) > 3 * (2 * 3 + 3), "messages were sent again"
+
+
+@pytest.mark.parametrize("at", [5, 9, 13])
+def test_a_server_that_was_killed_goes_on(tmp_path: Path, undisturbed: tuple[bytes, list[Any]], at: int) -> None:
+    class Killed(BaseException):
+        pass
+
+    def fate(silo: str) -> str:
+        if len(courier.sent) == at:
+            raise Killed
+        return "fine"
+
+    courier = Straight(tmp_path / "silos", fate)
+    with pytest.raises(Killed):
+        experiment.run(asked(), engine(courier, asked()), Generations(tmp_path / "server"))
+    rest = Straight(tmp_path / "silos")
+    report = experiment.run(asked(), engine(rest, asked()), Generations(tmp_path / "server"))
+    assert wire.pack(report.state) == undisturbed[0]
+
+
+def test_a_silo_that_stays_away_is_named(tmp_path: Path) -> None:
+    one = engine(Straight(tmp_path, lambda silo: "never arrives" if silo == "shop" else "fine"), asked(), deadline=0.3)
+    state = asked().method.begin(one.reach(0))
+    one.commit()
+    asked().method.round(state, one.reach(1))
+    assert one.rejected == [(1, "shop", "no reply within 0.3 s")]
+    with pytest.raises(RunError, match=r"round 2: 2 replies, fewer than engine\.minimum = 3"):
+        asked().method.round(state, replace_engine(one, minimum=3).reach(2))
+
+
+def replace_engine(one: Remote, **more: Any) -> Remote:
+    return Remote(one.courier, one.opening, rounds=one.rounds, **{"deadline": one.deadline, **more})
+
+
+def test_a_deadline_holds_for_the_whole_exchange(tmp_path: Path) -> None:
+    class Slow(Straight):
+        def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+            fast = [silo for silo in to if silo != "shop" or head["kind"] == "open"]
+            yield from super().exchange(fast, head, body, timeout)
+            if len(fast) < len(to):
+                time.sleep(timeout)
+                yield Answer("shop", lost=f"no reply within {timeout:.3g} s")
+
+    one = engine(Slow(tmp_path), asked())
+    for silo in SILOS:  # the bases are loaded: what is timed is the wait alone
+        one._open([silo], 60)
+    state = asked().method.begin(one.reach(0))
+    one.commit()
+    began = time.monotonic()
+    list(one.reach(1)(train(), body(state), deadline=1.0))
+    assert 0.9 < time.monotonic() - began < 3
+    assert [(number, silo) for number, silo, _ in one.rejected] == [(1, "shop")]
+
+
+def train() -> Any:
+    from fedtailor.methods.averaging import train
+
+    return train
+
+
+def body(state: Any) -> Any:
+    from fedtailor.methods.averaging import Train
+
+    return Train(asked().method, state.tensors, (0.01,))
+
+
+def test_another_base_is_refused_before_training(tmp_path: Path) -> None:
+    one = engine(Straight(tmp_path), asked(), model_sha256="0" * 64)
+    with pytest.raises(RunError, match=r"cafe: its base model is another one .sha256 a4837dab0bd8, asked 0{12}."):
+        asked().method.begin(one.reach(0))
+
+
+def test_a_reply_to_another_request_is_not_used(tmp_path: Path) -> None:
+    class Confused(Straight):
+        def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+            for answer in super().exchange(to, head, body, timeout):
+                yield replace(answer, head={**answer.head, "id": "0" * 64}) if answer.silo == "shop" else answer
+
+    one = engine(Confused(tmp_path), asked(), deadline=0.3)
+    state = asked().method.begin(one.reach(0))
+    asked().method.round(state, one.reach(1))
+    assert one.rejected == [(1, "shop", "answered 'reply' to another request than this")]
+
+
+def test_a_base_is_loaded_once_however_many_rounds(tmp_path: Path) -> None:
+    one = engine(Straight(tmp_path), asked())
+    before = models.loads()
+    experiment.run(asked(), one)
+    assert models.loads() - before <= 1
+    assert all(isinstance(found, Opened) for found in one.opened.values())

@@ -1,0 +1,83 @@
+"""silo.toml: what a silo says of itself, laid over what the experiment asks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtailor.data import Data
+from fedtailor.engines.site import Site, read
+from fedtailor.errors import UserError
+from fedtailor.models import Base
+
+ASKED = Data(source="rows.jsonl", template="{text}:", label="mood", labels=("bad", "good"), silo_column="silo")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def shared(tmp_path: Path) -> Data:
+    rows = [{"text": f"{s} {i}", "mood": ("bad", "good")[i % 2], "silo": s} for s in ("north", "south") for i in range(40)]
+    return Data(**{**ASKED.__dict__, "source": write(tmp_path / "rows.jsonl", rows)})
+
+
+def test_of_shared_rows_a_silo_takes_its_own(tmp_path: Path) -> None:
+    rows = Site("north").rows(shared(tmp_path), {}, 0)
+    assert len(rows.train + rows.val + rows.test) == 40
+    assert all(row.prompt.startswith("north ") for row in rows.train)
+    with pytest.raises(UserError, match=r"no row is silo 'nowrth''s; did you mean 'north'\? \(choices: north, south\)"):
+        Site("nowrth").rows(shared(tmp_path), {}, 0)
+
+
+def test_its_own_file_is_all_its_own_whatever_it_calls_its_columns(tmp_path: Path) -> None:
+    mine = [{"note": f"n {i}", "verdict": ("bad", "good")[i % 2]} for i in range(30)]
+    own = {"source": write(tmp_path / "mine.jsonl", mine), "template": "{note}:", "label": "verdict"}
+    rows = Site("north", data=own).rows(ASKED, {"max_train": 5, "template": "{ignored}"}, 0)
+    assert len(rows.train) == 5, "what the experiment sets for this silo, where its own file says nothing"
+    assert rows.train[0].prompt.startswith("n ")
+    assert rows.labels == ("bad", "good")
+
+
+def test_method_settings_of_the_experiment_reach_the_silo(tmp_path: Path) -> None:
+    assert Site("north").rows(shared(tmp_path), {"rank": 2}, 0).settings == {"rank": 2}
+
+
+def test_a_misfit_names_the_column(tmp_path: Path) -> None:
+    own = {"source": write(tmp_path / "mine.jsonl", [{"note": "x", "mood": "bad"}])}
+    with pytest.raises(UserError, match=r"\[data\] template: mine.jsonl has no column 'text' \(choices: mood, note\)"):
+        Site("north", data=own).rows(ASKED, {}, 0)
+
+
+def test_a_base_may_lie_elsewhere() -> None:
+    site = Site("north", models={"smollm2-135m": "/models/here"})
+    assert site.base(Base("smollm2-135m", "float32")) == Base("/models/here", "float32")
+    assert site.base(Base("tiny")) == Base("tiny")
+
+
+def test_a_file_is_read_with_paths_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("a\n1\n")
+    (tmp_path / "silo.toml").write_text('name = "north"\nallow = ["ours"]\n[data]\nsource = "mine.csv"\n')
+    found = read(tmp_path / "silo.toml")
+    assert found == Site("north", tmp_path / "silo", {"source": str((tmp_path / "mine.csv").resolve())}, allow=("ours",))
+
+
+def test_all_errors_of_a_file_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "silo.toml"
+    file.write_text('nam = "north"\n[data]\ntempalte = "x"\nlabels = ["a"]\n')
+    with pytest.raises(UserError) as error:
+        read(file)
+    lines = str(error.value).splitlines()
+    assert [line.removeprefix(f"{file}: ").split(";")[0] for line in lines[:2]] == [
+        "no setting 'nam'", "[data] has no setting 'tempalte'",
+    ]  # fmt: skip
+    assert "[data] has no setting 'labels'" in lines[2], "labels hold for all silos"
+    file.write_text('name = "north"\nbody_limit = 0\n')
+    with pytest.raises(UserError, match="body_limit: Input should be greater than 0"):
+        read(file)
+    with pytest.raises(UserError, match="No such file or directory"):
+        read(tmp_path / "none.toml")

@@ -1,0 +1,185 @@
+"""A silo's process: a request is applied once, whatever dies; nothing but in_silo work runs; the server learns no row."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtailor import experiment, wire
+from fedtailor.core import Silo, in_silo
+from fedtailor.engines.courier import Sockets
+from fedtailor.engines.site import Site
+from fedtailor.engines.worker import Open, Opened, Worker
+from fedtailor.errors import SiloError, UserError
+
+wire.allow(__name__)
+TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
+
+
+@dataclass(frozen=True)
+class Add:
+    amount: int
+    fail: str = ""
+
+
+@dataclass(frozen=True)
+class Sum:
+    total: int
+    seen: torch.Tensor
+
+
+@in_silo
+def add(silo: Silo, body: Add) -> Sum:
+    silo.memory["n"] = silo.memory.get("n", 0) + body.amount
+    if body.fail == "silo":
+        raise SiloError("no rows today")
+    if body.fail == "bug":
+        raise KeyError(silo.data.train[0].prompt)
+    return Sum(silo.memory["n"], torch.tensor([float(silo.memory["n"])]))
+
+
+def not_marked(silo: Silo, body: Add) -> Sum:
+    raise AssertionError("this must never run")
+
+
+def opening(run: str = "run", **more: Any) -> Open:
+    asked = experiment.load(TINY)
+    return Open(run, 0, asked.data, asked.model, **more)
+
+
+def opened(folder: Path, run: str = "run") -> Worker:
+    worker = Worker(Site("cafe", folder))
+    folder.mkdir(exist_ok=True)
+    head, body = worker.handle({"kind": "open"}, wire.pack(opening(run)))
+    assert head == {"kind": "opened"}
+    assert isinstance(wire.unpack(body), Opened)
+    return worker
+
+
+def ask(worker: Worker, amount: int, number: int = 1, index: int = 0, committed: int = 0, **more: Any) -> Any:
+    head = {"kind": "ask", "run": "run", "round": number, "index": index, "work": wire.address(add), "committed": committed}
+    head |= {key: value for key, value in more.items() if key in head}
+    answer, body = worker.handle(head, wire.pack(Add(amount, more.get("fail", ""))))
+    return wire.unpack(body) if answer["kind"] == "reply" else answer
+
+
+def test_a_repeated_request_is_applied_once_even_by_a_worker_that_came_back(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    assert ask(first, 5).total == 5
+    assert ask(first, 5).total == 5
+    again = opened(tmp_path)  # killed, and started anew: all it knows is what is on the disk
+    assert ask(again, 5).total == 5
+    assert ask(again, 2, index=1).total == 7
+    assert ask(opened(tmp_path), 1, number=2, committed=1).total == 8
+
+
+def test_an_open_round_that_the_server_never_committed_is_undone(tmp_path: Path) -> None:
+    worker = opened(tmp_path)
+    assert ask(worker, 5, number=1, committed=0).total == 5
+    assert ask(worker, 7, number=1, committed=0).total == 7, "the server came back, and asks round 1 otherwise"
+    assert ask(opened(tmp_path), 1, number=2, committed=0).total == 1, "round 2 begins where round 0 ended"
+
+
+def test_a_late_copy_of_an_old_request_undoes_nothing(tmp_path: Path) -> None:
+    worker = opened(tmp_path)
+    ask(worker, 5, number=1)
+    ask(worker, 5, number=2, committed=1)
+    assert ask(worker, 5, number=1)["why"] == "a request of round 1 came late: this silo is at round 2"
+    assert ask(worker, 1, number=3, committed=2).total == 11
+
+
+def test_runs_do_not_share_memory(tmp_path: Path) -> None:
+    ask(opened(tmp_path), 5)
+    other = opened(tmp_path, "another")
+    assert ask(other, 1, run="another").total == 1
+    assert ask(other, 1, run="run") == {"kind": "unknown"}, "to be opened again"
+
+
+def test_a_silo_that_fails_says_so_and_remembers_nothing(tmp_path: Path) -> None:
+    worker = opened(tmp_path)
+    assert ask(worker, 5, fail="silo") == wire.Failure("no rows today")
+    assert ask(worker, 1, index=1).total == 1
+
+
+def test_a_bug_is_told_without_the_row_that_is_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    worker = opened(tmp_path)
+    row = worker.desks["run"].data.train[0].prompt
+    with caplog.at_level(logging.ERROR, "fedtailor.silo"):
+        answer = ask(worker, 5, fail="bug")
+    assert answer == {"kind": "refused", "why": "unexpected KeyError: its own log says where"}
+    assert repr(row)[:20] in caplog.text, "the silo itself sees it all"
+    assert ask(worker, 1) == {"kind": "unknown"}, "it begins again from what is on the disk"
+
+
+@pytest.mark.parametrize("work", [f"{__name__}:not_marked", "os:system", "fedtailor.wire:pack", "no-colon", f"{__name__}:Add.x"])
+def test_only_in_silo_work_runs(tmp_path: Path, work: str) -> None:
+    answer = ask(opened(tmp_path), 1, work=work)
+    assert answer["kind"] == "refused"
+    assert work in answer["why"]
+
+
+@pytest.mark.parametrize("changed", [{"round": "1"}, {"round": True}, {"run": 3}, {"index": None}, {"committed": 1.5}])
+def test_a_malformed_request_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    answer = ask(opened(tmp_path), 1, **changed)
+    assert answer["kind"] == "refused"
+    assert next(iter(changed)) in answer["why"]
+
+
+def test_what_opens_nothing_is_refused(tmp_path: Path) -> None:
+    worker = Worker(Site("cafe", tmp_path))
+    for body in (wire.pack(Add(1)), b"half a mess"):
+        assert worker.handle({"kind": "open"}, body)[0]["kind"] == "refused"
+    other = wire.pack(opening(fedtailor="0.0.1"))
+    assert "the server has 0.0.1: install the same" in worker.handle({"kind": "open"}, other)[0]["why"]
+    assert worker.handle({"kind": "shut down"}, b"")[0]["why"] == "no message of kind 'shut down' is known here"
+
+
+def test_a_misfit_of_rows_is_told_to_the_silo_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(Site("cafe", tmp_path, {"template": "{secret_column}"}))
+    with caplog.at_level(logging.ERROR, "fedtailor.silo"):
+        answer, _ = worker.handle({"kind": "open"}, wire.pack(opening()))
+    assert answer == {"kind": "refused", "why": "it cannot take part: its own log says why"}
+    assert "has no column 'secret_column'" in caplog.text
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = opened(tmp_path)
+    ask(worker, 5)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wire, "write_file", full)
+        assert ask(worker, 1, number=2, committed=1)["kind"] == "refused"
+    worker = opened(tmp_path)
+    assert ask(worker, 1, number=2, committed=1).total == 6
+
+
+def test_its_socket_is_its_owners_alone(tmp_path: Path) -> None:
+    worker = Worker(Site("cafe", tmp_path / "silo"))
+    up = threading.Event()
+    threading.Thread(target=worker.serve, args=(up.set,), daemon=True).start()
+    assert up.wait(10)
+    assert stat.S_IMODE(os.stat(worker.address).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(worker.site.folder).st_mode) == 0o700
+    with pytest.raises(UserError, match="another worker runs there; end it, or give this one its own folder"):
+        Worker(worker.site).serve()
+    sockets = Sockets({"cafe": worker.address, "gone": tmp_path / "none.sock"})
+    answers = {answer.silo: answer for answer in sockets.exchange(("cafe", "gone"), {"kind": "hello"}, b"", 5)}
+    assert answers["cafe"].head["silo"] == "cafe"
+    assert answers["gone"].lost.startswith("its worker cannot be reached: ")
+    with worker.lock:  # busy with another request
+        began = time.monotonic()
+        (late,) = sockets.exchange(("cafe",), {"kind": "ask"}, b"", 0.3)
+    assert late.lost == "no reply within 0.3 s"
+    assert time.monotonic() - began < 3
