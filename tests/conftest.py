@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from commands import fedtailor as fedtailor  # a fixture
 from fedtailor.data import Row, SiloData
 from fedtailor.models import Resident
 from fedtailor.tiny import tiny
+from tiny_runs import conduct
 
 LABELS = ("bad", "good")
 _tiny = cache(tiny)
@@ -119,3 +121,11 @@ def _rated(subject: str, i: int, longer: int) -> Row:
 
 def _written(subject: str, i: int) -> Row:
     return Row(f"Say {i} times {subject}:", " ".join([subject] * (1 + i % 3)), f"{subject}-{i}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One run with all its rows and every message kept. Left as it is by every test."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, conduct(folder, "engine.record=true")

@@ -19,35 +19,10 @@ import pytest
 import torch
 
 from fedtailor import experiment, report, runs, wire
-from fedtailor.errors import RunError, UserError
+from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment, as_table
 from fedtailor.generations import Generations
-from fedtailor.merging import merge
-from fedtailor.seeds import Recorder
-
-TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
-ONE_THREAD = "engine.threads=1"
-FEDERATED = 'rows=["federated"]'
-
-
-def asked(*sets: str) -> Experiment:
-    return experiment.load(TINY, [ONE_THREAD, "engine.cohort=1", *sets])
-
-
-def conduct(folder: Path, *sets: str) -> dict[str, Any]:
-    return runs.begin(asked(*sets), folder, "a test").conduct()
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One run with all its rows and every message kept. Left as it is by every test."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, conduct(folder, "engine.record=true")
+from tiny_runs import FEDERATED, TINY, asked, conduct
 
 
 def test_the_result_is_what_is_in_the_folder(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -62,64 +37,6 @@ def test_the_result_is_what_is_in_the_folder(whole: tuple[Path, dict[str, Any]])
     assert (environment["torch"], environment["threads"], environment["dtype"]) == (torch.__version__, 1, "float32")
     assert len(environment["data_sha256"]) == len(environment["model_sha256"]) == 64
     assert environment["plan"] == json.loads((folder / "plan.json").read_text())
-
-
-def test_every_row_has_every_figure(whole: tuple[Path, dict[str, Any]]) -> None:
-    for row, found in whole[1]["rows"].items():
-        for metric in ("accuracy", "macro_f1", "loss"):
-            silos = found[metric]["per_silo"]
-            assert sorted(silos) == ["cafe", "clinic", "shop"], row
-            assert found[metric]["mean"] == pytest.approx(sum(silos.values()) / 3)
-            assert found[metric]["worst"] == (max if metric == "loss" else min)(silos.values())
-        for figure in ("bytes_up", "bytes_down", "trained_parameters"):
-            assert isinstance(found[figure], int)
-            assert (found[figure] == 0) == (row in ("zero_shot", "few_shot")), (row, figure)
-        assert found["seconds"] >= 0
-        assert found["peak_memory_mb"] > 50, "a process with torch in it"
-        assert [sample["silo"] for sample in found["samples"]] == ["cafe", "clinic", "shop", "cafe"]
-        assert all(sample["generated"] in ("bad", "good") for sample in found["samples"])
-
-
-def test_trained_parameters_are_those_of_the_prefix(whole: tuple[Path, dict[str, Any]]) -> None:
-    # 4 virtual tokens x 2 layers x keys and values x 2 heads of width 8
-    assert whole[1]["rows"]["federated"]["trained_parameters"] == 4 * 2 * 2 * 16
-    assert whole[1]["rows"]["centralized"]["trained_parameters"] == 256
-
-
-def test_bytes_are_those_of_the_messages(whole: tuple[Path, dict[str, Any]]) -> None:
-    folder, result = whole
-    messages = sorted((folder / "messages").iterdir())
-    assert [int(file.name[:6]) for file in messages] == list(range(len(messages)))
-    log = lines(folder / "rounds.jsonl")
-    for way in ("up", "down"):
-        sent = sum(file.stat().st_size for file in messages if file.name[7:].startswith(f"{way}-"))
-        assert sent == sum(entry[f"bytes_{way}"] + entry[f"evaluation_bytes_{way}"] for entry in log)
-        assert result["rows"]["federated"][f"bytes_{way}"] == sum(entry[f"bytes_{way}"] for entry in log)
-    trained = [file for file in messages if type(wire.read_file(file)).__name__ == "Trained"]
-    assert [file.name[10:].removesuffix(".safetensors") for file in trained] == ["cafe", "clinic", "shop"] * 2
-    in_rounds = sum(entry["bytes_up"] for entry in log[1:])
-    assert sum(file.stat().st_size for file in trained) == in_rounds
-
-
-def test_no_row_leaves_a_silo(whole: tuple[Path, dict[str, Any]]) -> None:
-    """Not one text of the data is in any message up, nor in one down."""
-    texts = [json.loads(line)["text"].encode() for line in TINY.with_name("tiny.jsonl").read_text().splitlines()]
-    for file in (whole[0] / "messages").iterdir():
-        held = file.read_bytes()
-        assert not any(text in held for text in texts), file.name
-
-
-def test_alone_is_each_silos_model_over_all_and_over_its_own(whole: tuple[Path, dict[str, Any]]) -> None:
-    folder, result = whole
-    alone = result["rows"]["alone"]
-    parts = {
-        s: json.loads((folder / "rows" / "alone" / s / "row.json").read_text()) for s in ("cafe", "clinic", "shop")
-    }
-    for metric in ("accuracy", "loss"):
-        assert alone[metric]["per_silo"] == {s: part[metric]["mean"] for s, part in parts.items()}
-        assert alone["own"][metric]["per_silo"] == {s: part[metric]["per_silo"][s] for s, part in parts.items()}
-    for figure in ("bytes_up", "seconds"):
-        assert alone[figure] == pytest.approx(sum(part[figure] for part in parts.values()))
 
 
 def test_the_folder_holds_the_adapter_and_no_half_files(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -141,13 +58,6 @@ def test_another_seed_gives_another(whole: tuple[Path, dict[str, Any]], tmp_path
     conduct(tmp_path, FEDERATED, "seeds=[1]")
     mine, theirs = (Generations(f / "rows" / "federated") for f in (tmp_path, whole[0]))
     assert everything(mine)["state"] != everything(theirs)["state"]
-
-
-def test_rows_asked_alone_are_as_in_the_whole_run(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """No row learns from the one before it: the base is shared, and must come back as it was."""
-    rows = conduct(tmp_path, 'rows=["centralized", "zero_shot"]')["rows"]
-    for row in ("centralized", "zero_shot"):
-        assert rows[row]["loss"] == whole[1]["rows"][row]["loss"]
 
 
 def test_a_taken_name_gets_a_number_and_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,24 +143,6 @@ def test_bad_data_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
         conduct(tmp_path, "data.label=moood", "model.name=nowhere/at-all")
 
 
-def test_faults_strike_the_federated_row_alone(tmp_path: Path) -> None:
-    result = conduct(tmp_path, 'rows=["alone", "federated", "centralized"]', 'faults.nan=["shop"]')
-    (why,) = result["rows"]["federated"]["rejected"]
-    assert why.startswith("shop: ")
-    assert result["rows"]["federated"]["rejected"][why] == 2
-    assert result["rows"]["centralized"]["rejected"] == {}
-    assert all(math.isfinite(result["rows"][row]["loss"]["mean"]) for row in result["rows"])
-
-
-@pytest.mark.parametrize(("limit", "same"), [("data.max_val=1", True), ("data.max_test=1", False)])
-def test_zero_shot_is_not_done_again_where_no_seed_can_change_it(tmp_path: Path, limit: str, same: bool) -> None:
-    """Another seed draws other validation rows, which zero-shot never sees, or other test rows, which it does."""
-    conduct(tmp_path, 'rows=["zero_shot"]', "seeds=[3, 5]", limit)
-    one, other = (json.loads((tmp_path / f"seed-{s}/rows/zero_shot/row.json").read_text()) for s in (3, 5))
-    assert (one["evaluation_seconds"] == other["evaluation_seconds"]) == same
-    assert (one["loss"] == other["loss"]) == same
-
-
 def test_several_seeds_are_merged(tmp_path: Path) -> None:
     result = conduct(tmp_path, 'rows=["zero_shot", "federated"]', "seeds=[3, 5]")
     parts = {seed: json.loads((tmp_path / f"seed-{seed}" / "result.json").read_text()) for seed in (3, 5)}
@@ -269,74 +161,14 @@ def test_several_seeds_are_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists(), "each seed has its own"
 
 
-def row(accuracy: tuple[float, float], **more: Any) -> dict[str, Any]:
-    per_silo = dict(zip("ab", accuracy, strict=True))
-    metric = {"mean": sum(accuracy) / 2, "worst": min(accuracy), "per_silo": per_silo}
-    return {"accuracy": metric, "bytes_up": 10, "trained_parameters": 7, "rounds": 4, "peak_memory_mb": 5.0, **more}
-
-
-def test_a_merge_by_hand() -> None:
-    merged = merge(
-        {
-            1: {
-                "federated": row((0.5, 0.7), bytes_up=10, peak_memory_mb=5.0, rejected={"a: nan": 1}, samples=["first"])
-            },
-            2: {"federated": row((0.7, 0.9), bytes_up=20, peak_memory_mb=9.0, rejected={"a: nan": 2, "b: late": 1})},
-            4: {"federated": row((0.3, 0.8), bytes_up=60, peak_memory_mb=6.0, rejected={}, only_here=1)},
-        }
-    )["federated"]
-    # means .6, .8, .55: their mean .65; deviations -.05, .15, -.1: sqrt((.0025 + .0225 + .01) / 2)
-    assert merged["accuracy"]["mean"] == pytest.approx(0.65)
-    assert merged["accuracy"]["spread"] == pytest.approx(math.sqrt(0.0175))
-    assert merged["accuracy"]["by_seed"] == pytest.approx({"1": 0.6, "2": 0.8, "4": 0.55})
-    assert merged["accuracy"]["worst"] == pytest.approx(0.5)
-    assert merged["accuracy"]["per_silo"] == pytest.approx({"a": 0.5, "b": 0.8})
-    assert (merged["bytes_up"], merged["peak_memory_mb"]) == (30, 9.0)
-    assert (merged["trained_parameters"], merged["rounds"]) == (7, 4)
-    assert merged["rejected"] == {"a: nan": 3, "b: late": 1}
-    assert "only_here" not in merged
-    assert "samples" not in merged
-
-
-def test_a_merge_of_silos_that_not_every_seed_has() -> None:
-    """A partition deals anew for each seed: a silo may lack test rows under one of them."""
-    few = row((0.4, 0.8))
-    few["accuracy"] = {"mean": 0.4, "worst": 0.4, "per_silo": {"a": 0.4}}
-    for order in ([row((0.6, 1.0)), few], [few, row((0.6, 1.0))]):
-        merged = merge({i: {"federated": part} for i, part in enumerate(order)})["federated"]["accuracy"]
-        assert merged["mean"] == pytest.approx(0.6)
-        assert merged["per_silo"]["a"] == pytest.approx(0.5)
-
-
-def test_own_figures_are_merged_too() -> None:
-    own = {"accuracy": row((0.2, 0.4))["accuracy"]}, {"accuracy": row((0.6, 0.8))["accuracy"]}
-    merged = merge({i: {"alone": row((0.5, 0.5), own=part)} for i, part in enumerate(own)})["alone"]["own"]
-    assert merged["accuracy"]["mean"] == pytest.approx(0.5)
-    assert merged["accuracy"]["per_silo"] == pytest.approx({"a": 0.4, "b": 0.6})
-
-
-def test_silos_with_names_that_are_no_file_names_run(tmp_path: Path) -> None:
-    names = ["a/b", "a_b", "../up", "é" * 80, "x" * 300]
-    source = tmp_path / "rows.jsonl"
-    with source.open("w") as file:
-        for name in names:
-            for i in range(8):
-                split = ("train", "val", "test")[max(0, i - 5)]
-                said = {"site": name, "text": f"{name[:5]} {i}", "mood": ("bad", "good")[i % 2], "split": split}
-                file.write(json.dumps(said) + "\n")
-    sets = [f"data.source={source}", "data.val_fraction=0", "data.test_fraction=0", "engine.record=true", "rounds=1"]
-    result = conduct(tmp_path / "out", *sets, 'rows=["alone", "federated"]')
-    assert sorted(result["rows"]["alone"]["loss"]["per_silo"]) == sorted(names)
-    assert len([f for f in (tmp_path / "out" / "rows" / "alone").iterdir() if f.is_dir()]) == len(names)
-    assert {f.name for f in tmp_path.iterdir()} == {"rows.jsonl", "out"}, "nothing was written beside the folder"
-
-
-# SIGKILL at random moments. Children are forked from a process that has everything imported, so they start at once.
-
 CONTEXT = multiprocessing.get_context("forkserver")
+
+
 CONTEXT.set_forkserver_preload(
     ["fedtailor.runs", "fedtailor.report", "peft", "transformers.models.llama.modeling_llama"]
 )
+
+
 ROUNDS = 16
 
 
@@ -424,34 +256,6 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_tensors(
         assert result["rows"]["federated"][figure] == undisturbed["rows"]["federated"][figure]
 
 
-def test_a_silo_that_cannot_be_scored_ends_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its mean would be over other silos than the rows beside it."""
-    one = runs.begin(asked(FEDERATED), tmp_path, "")
-    test_rows = one.prepared[0].silos["shop"]  # type: ignore[index]
-    long = replace(test_rows.test[0], prompt="p" * 600)
-    one.prepared[0].silos["shop"] = replace(test_rows, test=(long,))  # type: ignore[index]
-    with pytest.raises(RunError, match="test rows could not be scored: shop: a row has 60"):
-        one.conduct()
-
-
-def test_centralized_sees_as_many_rows_as_federated_when_few_take_part(tmp_path: Path) -> None:
-    rows = conduct(tmp_path, 'rows=["federated", "centralized"]', "participation=0.34")["rows"]
-    log = [json.loads(line) for line in (tmp_path / "rows/federated/rounds.jsonl").read_text().splitlines()]
-    assert [len(entry["silos"]) for entry in log[1:]] == [1, 1]
-    # 4 virtual tokens x 2 layers x 2 x 16 numbers: what is trained is the same; only steps could differ
-    assert rows["federated"]["trained_parameters"] == rows["centralized"]["trained_parameters"] == 256
-    state = Generations(tmp_path / "rows" / "centralized").newest()
-    assert state is not None
-    memory = state.memories["all_silos"]
-    assert memory["moments"]["step"].item() == 2 * 2 * 1, "rounds x local steps x silos of a round"
-
-
-def test_a_baseline_trains_at_its_own_settings(tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
-    rows = conduct(tmp_path, 'rows=["alone", "centralized"]', "baseline.centralized.lr=0.5")["rows"]
-    assert rows["alone"]["loss"] == whole[1]["rows"]["alone"]["loss"]
-    assert rows["centralized"]["loss"] != whole[1]["rows"]["centralized"]["loss"]
-
-
 def test_a_resume_on_another_base_is_refused(tmp_path: Path) -> None:
     one = runs.begin(asked(FEDERATED), tmp_path, "")
     one.conduct()
@@ -460,15 +264,6 @@ def test_a_resume_on_another_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="the base model or its dtype changed since this run began"):
         runs.resume(tmp_path).conduct()
-
-
-def test_recorded_messages_are_numbered_on_after_a_resume(tmp_path: Path) -> None:
-    first = Recorder(tmp_path)
-    first("a", "down", b"1")
-    first("a", "up", b"2")
-    Recorder(tmp_path)("b", "down", b"3")
-    names = [file.name for file in sorted(tmp_path.iterdir())]
-    assert names == ["000000-down-a.safetensors", "000001-up-a.safetensors", "000002-down-b.safetensors"]
 
 
 @pytest.mark.parametrize("file", ["plan.json", "rows/federated/row.json"])
@@ -518,18 +313,10 @@ def test_a_run_whose_settings_were_changed_is_refused(tmp_path: Path) -> None:
     conduct(tmp_path, FEDERATED)
     file = tmp_path / "experiment.toml"
     file.write_text(file.read_text().replace("rounds = 2", "rounds = 5"))
-    with pytest.raises(UserError, match=r"experiment\.toml changed since this run began; bring it back, or start a new run"):
+    with pytest.raises(
+        UserError, match=r"experiment\.toml changed since this run began; bring it back, or start a new run"
+    ):
         runs.resume(tmp_path).conduct()
-
-
-def test_a_silo_that_cannot_train_alone_is_named_and_left_out(tmp_path: Path) -> None:
-    result = conduct(tmp_path, 'rows=["alone", "federated"]', "silo.shop.lr=1e30")
-    alone = result["rows"]["alone"]
-    assert sorted(alone["loss"]["per_silo"]) == sorted(alone["own"]["loss"]["per_silo"]) == ["cafe", "clinic"]
-    (why,) = alone["rejected"]
-    assert why.startswith("shop: round 1: no reply of 1 silos could be used")
-    with pytest.raises(RunError, match="no silo could train alone; "):
-        conduct(tmp_path / "none", 'rows=["alone"]', "method.lr=1e30")
 
 
 def test_the_page_does_not_say_where_the_rows_lie(tmp_path: Path) -> None:
@@ -537,9 +324,3 @@ def test_the_page_does_not_say_where_the_rows_lie(tmp_path: Path) -> None:
     page = report.write(tmp_path).read_text()
     assert "tiny.jsonl" in page
     assert str(TINY.parent) not in page
-
-
-def test_every_row_tells_what_evaluation_sent(whole: tuple[Path, dict[str, Any]]) -> None:
-    for row in whole[1]["rows"].values():
-        assert row["evaluation_bytes_up"] > 0
-        assert row["evaluation_bytes_down"] > 0

@@ -1,0 +1,25 @@
+"""What tests of whole runs share: the tiny experiment, asked and conducted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedtailor import experiment, runs
+from fedtailor.experiment import Experiment
+
+TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
+
+
+ONE_THREAD = "engine.threads=1"
+
+
+FEDERATED = 'rows=["federated"]'
+
+
+def asked(*sets: str) -> Experiment:
+    return experiment.load(TINY, [ONE_THREAD, "engine.cohort=1", *sets])
+
+
+def conduct(folder: Path, *sets: str) -> dict[str, Any]:
+    return runs.begin(asked(*sets), folder, "a test").conduct()
