@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,7 +23,9 @@ app = typer.Typer(
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Demo data: real datasets out of packages.")
 models_app = typer.Typer(no_args_is_help=True, help="Base models that travel in packages.")
+federation_app = typer.Typer(no_args_is_help=True, help="Federations between machines.")
 app.add_typer(data_app, name="data")
+app.add_typer(federation_app, name="federation")
 app.add_typer(models_app, name="models")
 
 out = Console()
@@ -63,19 +66,23 @@ def run(
     from fedtailor import report, runs
     from fedtailor.engines import courier
 
-    reached = None if federation is None else courier.of(federation)
-    one = runs.start(file, resume, sets or [], seed, folder, "fedtailor " + shlex.join(sys.argv[1:]), reached)
-    err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
+    with contextlib.nullcontext() if federation is None else courier.of(federation) as reached:
+        one = runs.start(file, resume, sets or [], seed, folder, "fedtailor " + shlex.join(sys.argv[1:]), reached)
+        err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
+        result = _conducted(one)
+    page = report.write(one.folder)
+    out.print(report.table(result))
+    out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _conducted(one: Any) -> dict[str, Any]:
     try:
-        result = one.conduct()
+        return one.conduct()  # type: ignore[no-any-return]
     except KeyboardInterrupt:
         err.print(
             f"stopped; go on with: fedtailor run --resume {shlex.quote(str(one.folder))}", markup=False, soft_wrap=True
         )
         raise
-    page = report.write(one.folder)
-    out.print(report.table(result))
-    out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -153,23 +160,87 @@ def report_command(folder: Annotated[Path, typer.Argument(help="a run's folder")
     out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
+@federation_app.command("init")
+def init_federation(
+    folder: Annotated[Path, typer.Argument(help="a new folder for the kits")],
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT, as the silos reach the server")],
+    silos: Annotated[list[str], typer.Option("--silo", help="a silo's name; once for each")],
+    name: Annotated[str, typer.Option("--name", help="of the federation")] = "federation",
+    days: Annotated[int, typer.Option("--days", help="how long the certificates are valid")] = 365,
+) -> None:
+    """Make the server's kit and one for each silo: certificates, strict rules, no code. Needs fedtailor[nvflare]."""
+    from fedtailor.engines import nvflare_kit
+
+    kits = nvflare_kit.init(folder, name, server, silos, days)
+    for who, kit in kits.items():
+        command = f"fedtailor server {kit}" if who == "server" else f"fedtailor silo {kit} --data ROWS.jsonl"
+        out.print(f"{who}: {kit}  (there: {command})", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def server(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
+    """Run a federation's meeting point, until it is stopped: silos connect to it, runs are carried over it."""
+    from fedtailor.engines import nvflare
+
+    _log_here()
+    nvflare.serve_server(kit)
+
+
 @app.command()
 def silo(
-    config: Annotated[Path, typer.Option("--config", help="silo.toml: its name, its data, its limits")] = Path("silo.toml"),
+    kit: Annotated[Path | None, typer.Argument(help="the silo's kit, of a federation between machines")] = None,
+    rows: Annotated[Path | None, typer.Option("--data", help="its rows: a file, or a folder saved by datasets")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="silo.toml; by default the kit's own")] = None,
 ) -> None:
     """Run a silo's worker: it holds the base model, the rows and the memory, and answers until it is stopped."""
+    from fedtailor.engines import site, worker
+    from fedtailor.errors import UserError
+
+    file = config or (Path("silo.toml") if kit is None else kit / "silo.toml")
+    one = worker.Worker(site.read(file, None if rows is None else str(rows)))
+    if kit is not None and one.site.folder.resolve() != (kit / "silo").resolve():
+        raise UserError(f"{file}: folder must be left out for a kit: its courier looks for the worker in {kit / 'silo'}")
+    _log_here()
+    try:
+        with contextlib.nullcontext() if kit is None else _connected(kit):
+            one.serve()
+    except KeyboardInterrupt:
+        err.print(f"stopped; what was learnt of open runs is kept in {one.site.folder}", markup=False, soft_wrap=True)
+
+
+@app.command(hidden=True)
+def courier(kit: Path) -> None:
+    """The engine's own process of a silo's kit; `fedtailor silo KIT` starts it."""
+    from fedtailor.engines import nvflare
+
+    _log_here()
+    nvflare.serve_client(kit)
+
+
+@contextlib.contextmanager
+def _connected(kit: Path) -> Iterator[None]:
+    """A silo's courier in a process of its own: it may die and come back without the worker."""
+    import subprocess
+
+    from fedtailor.engines import nvflare_kit
+
+    nvflare_kit.needed()
+    nvflare_kit.about(kit, "silo")
+    child = subprocess.Popen([sys.executable, "-c", "from fedtailor.cli import main; main()", "courier", str(kit)])
+    try:
+        yield
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def _log_here() -> None:
+    """For processes that run for weeks: dated lines, and SIGTERM as Ctrl-C."""
     import logging
     import signal
 
-    from fedtailor.engines import site, worker
-
-    one = worker.Worker(site.read(config))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        one.serve()
-    except KeyboardInterrupt:
-        logging.info("stopped; what was learnt of open runs is kept in %s", one.site.folder)
 
 
 @app.command()

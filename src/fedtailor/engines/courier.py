@@ -36,6 +36,9 @@ class Courier(Protocol):
     @property
     def silos(self) -> tuple[str, ...]: ...  # whom it can reach, in order
 
+    def __enter__(self) -> Courier: ...
+    def __exit__(self, *_: object) -> None: ...  # what it holds is free again
+
     def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
         """The same message to several silos; one Answer each, as they come, within `timeout` seconds."""
         ...
@@ -50,6 +53,12 @@ class Sockets:
     @property
     def silos(self) -> tuple[str, ...]:
         return tuple(sorted(self.paths))
+
+    def __enter__(self) -> Sockets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held: every exchange makes its own links."""
 
     def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
         pool = ThreadPoolExecutor(max_workers=max(1, len(to)))

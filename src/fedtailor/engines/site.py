@@ -50,8 +50,8 @@ class Site:
         return replace(asked, name=self.models.get(asked.name, asked.name))
 
 
-def read(path: Path) -> Site:
-    """The site of a silo.toml. Raises UserError with one line per error."""
+def read(path: Path, source: str | None = None) -> Site:
+    """The site of a silo.toml; `source` takes the place of its [data] source. Raises UserError with one line per error."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -65,9 +65,11 @@ def read(path: Path) -> Site:
     if errors:
         raise UserError("\n".join(errors))
     table["folder"] = str(path.parent / table.get("folder", Site.folder))
-    source = own.get("source")
-    if isinstance(source, str) and (path.parent / source).exists():
-        own["source"] = str((path.parent / source).resolve())
+    written = own.get("source")
+    if source is not None:
+        table["data"] = {**own, "source": str(Path(source).resolve()) if Path(source).exists() else source}
+    elif isinstance(written, str) and (path.parent / written).exists():
+        own["source"] = str((path.parent / written).resolve())
     found: Site = _checked(Site, table, str(path))
     return found
 
