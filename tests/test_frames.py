@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -54,3 +57,41 @@ def test_a_head_that_is_none(ends: tuple[socket.socket, socket.socket], text: by
     ends[0].sendall(struct.pack(">IQ", len(text), 0) + text)
     with pytest.raises(frames.FrameError, match="a message's head is no"):
         frames.receive(ends[1])
+
+
+@pytest.mark.parametrize("size", [0, 1, frames.PIECE, frames.PIECE + 1, 5_000_000])
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("to_file", [False, True])
+def test_bodies_come_whole_also_by_way_of_files(
+    ends: tuple[socket.socket, socket.socket], size: int, from_file: bool, to_file: bool
+) -> None:
+    body = os.urandom(size)
+
+    def send() -> None:
+        frames.send(ends[0], {"kind": "ask"}, io.BytesIO(body) if from_file else body)
+        frames.send(ends[0], {"kind": "next"}, b"n")
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    if to_file:
+        file = io.BytesIO()
+        assert frames.receive_into(ends[1], file) == ({"kind": "ask"}, size)
+        assert file.getvalue() == body
+    else:
+        assert frames.receive(ends[1]) == ({"kind": "ask"}, body)
+    assert frames.receive(ends[1]) == ({"kind": "next"}, b"n")  # nothing of it was read before
+    sending.join()
+
+
+def test_a_file_is_sent_from_its_start(ends: tuple[socket.socket, socket.socket]) -> None:
+    file = io.BytesIO(b"abc")
+    file.seek(2)
+    frames.send(ends[0], {}, file)
+    assert frames.receive(ends[1]) == ({}, b"abc")
+
+
+def test_half_a_message_is_told_also_on_the_way_to_a_file(ends: tuple[socket.socket, socket.socket]) -> None:
+    ends[0].sendall(struct.pack(">IQ", 2, 10) + b"{}" + b"half")
+    ends[0].close()
+    with pytest.raises(frames.Closed, match="after 4 of 10 bytes"):
+        frames.receive_into(ends[1], io.BytesIO())

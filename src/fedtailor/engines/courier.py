@@ -6,6 +6,7 @@ A courier knows heads and bytes, no methods, no rounds. It may lose any message:
 from __future__ import annotations
 
 import importlib
+import select
 import socket
 import time
 import tomllib
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedtailor import find
 from fedtailor.engines import frames
 from fedtailor.errors import UserError, suggest
 
@@ -84,6 +84,8 @@ def of(kit: Path) -> Courier:
 
     Any other engine is the module of that name beside this one, whose `courier(kit)` makes it. Raises UserError.
     """
+    from fedtailor import find  # brings torch in, which what carries alone does without
+
     file = kit / "federation.toml" if kit.is_dir() else kit
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -101,7 +103,7 @@ def of(kit: Path) -> Courier:
     return found
 
 
-def connect(path: Path, timeout: float) -> socket.socket:
+def connect(path: Path, timeout: float) -> Link:
     """A link to a worker. It waits no longer than `timeout` in all: each wait takes what is left."""
     link = Link(socket.AF_UNIX, socket.SOCK_STREAM)
     link.until(timeout)
@@ -121,6 +123,13 @@ class Link(socket.socket):
     def until(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
         self.settimeout(seconds)
+
+    def ended(self) -> bool:
+        """Whether the other side has closed it. Nothing that came is read."""
+        try:
+            return bool(select.select([self], [], [], 0)[0]) and not self.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def recv_into(self, *args: Any) -> int:
         self.settimeout(max(0.001, self.end - time.monotonic()))

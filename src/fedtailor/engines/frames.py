@@ -7,16 +7,19 @@ Both lengths are checked against a limit before any memory is spent on what they
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import socket
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedtailor.errors import FedtailorError
 
 HEAD_LIMIT = 64 * 1024
 BODY_LIMIT = 4 * 1024**3  # bytes; a silo may set less
+PIECE = 1 << 20  # bytes read or written at once
 _LENGTHS = struct.Struct(">IQ")
 
 
@@ -28,15 +31,39 @@ class Closed(FrameError):
     """The other side went away between two messages, or in the middle of one."""
 
 
-def send(link: socket.socket, head: Mapping[str, Any], body: bytes | memoryview = b"") -> None:
+def send(link: socket.socket, head: Mapping[str, Any], body: bytes | memoryview | BinaryIO = b"") -> None:
+    """A body in a file is sent from its start, piece by piece: it never lies in memory as a whole."""
     text = json.dumps(head, separators=(",", ":")).encode()
-    link.sendall(_LENGTHS.pack(len(text), len(body)) + text)
-    if len(body):
-        link.sendall(body)
+    if isinstance(body, bytes | memoryview):
+        link.sendall(_LENGTHS.pack(len(text), len(body)) + text)
+        if len(body):
+            link.sendall(body)
+        return
+    size = body.seek(0, os.SEEK_END)
+    body.seek(0)
+    link.sendall(_LENGTHS.pack(len(text), size) + text)
+    while piece := body.read(PIECE):
+        link.sendall(piece)
 
 
 def receive(link: socket.socket, limit: int = BODY_LIMIT) -> tuple[dict[str, Any], bytes]:
     """The next message. Raises Closed at its end, FrameError for what must not be read on."""
+    head, size = _head(link, limit)
+    return head, _exactly(link, size)
+
+
+def receive_into(link: socket.socket, file: BinaryIO, limit: int = BODY_LIMIT) -> tuple[dict[str, Any], int]:
+    """As `receive`, but the body goes to a file as it comes. Returns its size."""
+    head, size = _head(link, limit)
+    left = size
+    while left:
+        piece = _exactly(link, min(PIECE, left))
+        file.write(piece)
+        left -= len(piece)
+    return head, size
+
+
+def _head(link: socket.socket, limit: int) -> tuple[dict[str, Any], int]:
     head_size, body_size = _LENGTHS.unpack(_exactly(link, _LENGTHS.size))
     if head_size > HEAD_LIMIT or body_size > limit:
         raise FrameError(f"a message of {head_size} + {body_size} bytes was announced; the limits are {HEAD_LIMIT} + {limit}")
@@ -46,20 +73,30 @@ def receive(link: socket.socket, limit: int = BODY_LIMIT) -> tuple[dict[str, Any
         raise FrameError(f"a message's head is not JSON: {error}") from error
     if not isinstance(head, dict):
         raise FrameError("a message's head is no JSON object")
-    return head, bytes(_exactly(link, body_size))
+    return head, body_size
 
 
-def _exactly(link: socket.socket, count: int) -> bytearray:
-    """`count` bytes, in place: one buffer, however large."""
-    whole = bytearray(count)
-    view = memoryview(whole)
-    got = 0
-    while got < count:
-        try:
-            more = link.recv_into(view[got:], min(count - got, 1 << 20))
-        except ConnectionError as error:
-            raise Closed(f"the connection broke: {error}") from error
-        if more == 0:
-            raise Closed("the other side closed the connection" + (f" after {got} of {count} bytes" if got else ""))
-        got += more
+def _exactly(link: socket.socket, count: int) -> bytes:
+    """`count` bytes, however many, without a second copy: a buffered reader reads large ones in place."""
+    try:
+        whole = io.BufferedReader(_Rest(link, count)).read(count)
+    except ConnectionError as error:
+        raise Closed(f"the connection broke: {error}") from error
+    if len(whole) < count:
+        raise Closed("the other side closed the connection" + (f" after {len(whole)} of {count} bytes" if whole else ""))
     return whole
+
+
+class _Rest(io.RawIOBase):
+    """The next `count` bytes of a link as a file: a reader must not read on into the next message."""
+
+    def __init__(self, link: socket.socket, count: int) -> None:
+        self.link, self.left = link, count
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        got = self.link.recv_into(buffer, min(self.left, len(buffer), PIECE)) if self.left else 0
+        self.left -= got
+        return got
