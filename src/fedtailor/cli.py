@@ -69,18 +69,18 @@ def run(
     with contextlib.nullcontext() if federation is None else courier.of(federation) as reached:
         one = runs.start(file, resume, sets or [], seed, folder, "fedtailor " + shlex.join(sys.argv[1:]), reached)
         err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
-        result = _conducted(one)
+        result = _conducted(one, "" if federation is None else f" --federation {shlex.quote(str(federation))}")
     page = report.write(one.folder)
     out.print(report.table(result))
     out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _conducted(one: Any) -> dict[str, Any]:
+def _conducted(one: Any, over: str) -> dict[str, Any]:
     try:
         return one.conduct()  # type: ignore[no-any-return]
     except KeyboardInterrupt:
         err.print(
-            f"stopped; go on with: fedtailor run --resume {shlex.quote(str(one.folder))}", markup=False, soft_wrap=True
+            f"stopped; go on with: fedtailor run --resume {shlex.quote(str(one.folder))}{over}", markup=False, soft_wrap=True
         )
         raise
 

@@ -177,13 +177,11 @@ def summary(result: Mapping[str, Any]) -> str:
         best = _best(name, _per_silo(there["alone"], name).values())
         others.append(f"alone {number(there['alone'].mean(name))}" if best is None
                       else f"best silo alone {number(best)}")
-    compared = ", ".join(others)
-    note = " (lower is better)" if metric.better == "lower" else ""
+    compared, note = ", ".join(others), " (lower is better)" if metric.better == "lower" else ""
     seeds = len(result.get("seeds") or ())
     ending = f" (means of {seeds} seeds)." if seeds > 1 else "."
     if "federated" in there:
-        method, silos = _method(result), len(_silos(result))
-        how = f" ({method})" if method else ""
+        silos, how = len(_silos(result)), f" ({_method(result)})" if _method(result) else ""
         over = f" over {silos} silo{'' if silos == 1 else 's'}" if silos else ""
         reached = f"{metric.label} {number(there['federated'].mean(name))}{note}"
         return f"Federated customization{how}{over} reaches {reached}" + (f"; {compared}" if compared else "") + ending

@@ -88,6 +88,12 @@ class NVFlare:
             for silo in waiting:
                 yield Answer(silo, lost=f"NVFlare's job is lost: {why}")
 
+    def __enter__(self) -> NVFlare:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the job, and free the kit."""
         if self._starting is not None:

@@ -33,6 +33,12 @@ REFUSED = ("byoc", "clone_job", "download_job", "operate", "server-predeployed-f
 ROLES = ("org_admin", "lead", "member")  # NVFlare's other roles: no kit of ours has one
 WORKER = "worker"  # in a silo's local/: where the worker's socket is, if not at its usual place in the kit
 ABOUT = "fedtailor.json"
+SITE = """
+# allow = ["ours"]                    # packages besides fedtailor whose methods may run here
+[data]                                # laid over the experiment's [data], seen by nobody else
+# source = "rows.jsonl"               # or: fedtailor silo KIT --data rows.jsonl
+# template = "{note}\\nUrgency:"      # where the columns are called otherwise
+"""
 SOCKET = "courier.sock"  # in the server's kit: the server program listens there for its job
 
 
@@ -57,6 +63,7 @@ def init(folder: Path, name: str, server: str, silos: Sequence[str], days: int =
         (made / host / "federation.toml").write_text('engine = "nvflare"\n', encoding="utf-8")
         (made / host / "federation.toml").chmod(0o600)
         for silo in silos:
+            (made / silo / "silo.toml").write_text(f'name = "{silo}"\n{SITE}', encoding="utf-8")
             _harden(made / silo, "silo", {"name": name, "silo": silo, "server": server})
         shutil.move(making / name / "state", folder / "authority")
         (folder / "authority").chmod(0o700)

@@ -82,7 +82,7 @@ class Remote:
             usable += not arrival.missing
             while queue and queue[0] in came:
                 yield came.pop(queue.pop(0))
-        if usable < min(self.minimum, len(to)):
+        if 0 < usable < min(self.minimum, len(to)):  # of none at all, `Reach` tells why
             raise RunError(f"round {request.round}: {usable} replies, fewer than engine.minimum = {self.minimum}")
 
     def _gathered(self, request: Request, to: Sequence[str], seconds: float) -> Iterator[Arrival]:
