@@ -31,7 +31,7 @@ check: $(READY)  ## lint, types and every test, slow ones too
 	$(BIN)/python -m pytest -q
 
 test: $(READY)  ## the quick tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not engines"
 
 bench: $(READY)  ## measure what fedtailor adds to plain training
 	$(BIN)/python benchmarks/overhead.py

