@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from commands import FEDERATED, PROCESS, ROOT, SLIM, TINY, Command, fails, sets
+from disks import no_file_above
 from fedtailor import wire
 
 MISTAKES = {
@@ -164,17 +162,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(fedtailor: Command, tmp_path: 
     assert ended.code in (1, 2)
     fails(ended, ended.code, out.removesuffix("/below"))
     assert (tmp_path / "file").read_text() == "precious"
-
-
-@contextlib.contextmanager
-def no_file_above(room: int) -> Iterator[None]:
-    """What a full disk is to one file: it cannot grow past `room` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def whole_files(folder: Path) -> None:

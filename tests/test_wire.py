@@ -6,9 +6,7 @@ import contextlib
 import copy
 import json
 import math
-import resource
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 
+from disks import no_file_above
 from fedtailor import wire
 from fedtailor.wire import WireError
 
@@ -375,17 +374,6 @@ def test_the_first_tensor_that_is_not_finite_is_named(bad: float) -> None:
     assert wire.not_finite(Pair(good, {"n": torch.tensor([0.0, bad], dtype=torch.bfloat16)})) == "right/n"
 
 
-@contextlib.contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file may grow past `room` bytes: what a full disk is to one file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_file_holds_what_was_packed(tmp_path: Path) -> None:
     file = tmp_path / "body.safetensors"
     count = wire.write_file(file, Body({"w": torch.arange(4.0)}))
@@ -397,7 +385,7 @@ def test_a_file_holds_what_was_packed(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "body.safetensors"
     wire.write_file(file, Body(1))
-    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+    with no_file_above(1000), pytest.raises(OSError, match="File too large"):
         wire.write_file(file, Body(torch.zeros(1000)))
     assert wire.read_file(file) == Body(1)
     assert [found.name for found in tmp_path.iterdir()] == ["body.safetensors"]
