@@ -12,14 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtailor import data, experiment, find, models, wire
-from fedtailor.engines.courier import Sockets
+from fedtailor.engines.courier import Answer, Sockets
 from fedtailor.engines.in_process import InProcess
 from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
@@ -93,24 +94,34 @@ def test_over_sockets(federation: Federation, method: str) -> None:
     assert {found.loads for found in engine.opened.values()} == {1}, "the base is loaded once, whatever the method"
 
 
+@dataclass
+class Striking:
+    """A courier during some of whose exchanges a worker is killed: while it trains, answers, or between."""
+
+    federation: Federation
+    dice: random.Random = field(default_factory=random.Random)
+    count: int = 0
+    kills: list[threading.Thread] = field(default_factory=list)
+
+    @property
+    def silos(self) -> tuple[str, ...]:
+        return SILOS
+
+    def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+        self.count += 1
+        if self.count in (5, 11, 12, 20):
+            delay, silo = self.dice.random() / 5, self.dice.choice(SILOS)
+            self.kills.append(threading.Timer(delay, self.federation.kill, [silo]))
+            self.kills[-1].start()
+        return self.federation.sockets.exchange(to, head, body, timeout)
+
+
 def test_workers_killed_in_the_middle(federation: Federation) -> None:
-    """SIGKILL, at moments that differ from run to run: while training, answering, or between."""
-    one = asked("rounds=60", "evaluate.every=60")
-    over, kills, dice = threading.Event(), 0, random.Random()
-
-    def killer() -> None:
-        nonlocal kills
-        while not over.wait(dice.random()):
-            federation.kill(dice.choice(SILOS))
-            kills += 1
-
-    thread = threading.Thread(target=killer)
-    thread.start()
-    try:
-        report, engine = afar(one, federation, "killed")
-    finally:
-        over.set()
-        thread.join()
-    assert kills > 0
+    one, striking = asked("rounds=12", "evaluate.every=12"), Striking(federation)
+    engine = Remote(striking, Open("killed", 0, one.data, one.model, one.silo, 1), rounds=one.rounds, deadline=300)
+    report = experiment.run(one, engine)
+    for kill in striking.kills:
+        kill.join()
+    assert len(striking.kills) == 4
     assert wire.pack(report.state) == wire.pack(here(one).state)
     assert engine.rejected == []
