@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,9 +20,9 @@ from typing import Any
 
 import pytest
 
+from fedtailor import cli, experiment, find, models, wire
 from fedtailor import data as rows
-from fedtailor import experiment, find, models, wire
-from fedtailor.engines import courier, frames, nvflare_admin, nvflare_kit
+from fedtailor.engines import courier, doctor, frames, nvflare_admin, nvflare_kit
 from fedtailor.engines.courier import Answer
 from fedtailor.engines.in_process import InProcess
 from fedtailor.engines.nvflare import NVFlare, serve_server
@@ -182,6 +183,17 @@ def test_the_same_tensors_whatever_the_method(flare: NVFlare, method: str) -> No
     state, remote = one.over(flare)
     assert state == one.state
     assert remote.rejected == []
+
+
+def test_who_is_connected_is_told_and_a_kit_that_works_has_nothing_to_mend(
+    flare: NVFlare, federation: Federation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["status", str(federation.kits["server"])])
+    assert ended.value.code == 0
+    assert re.findall(r"(\w+): last seen \d+ s ago", capsys.readouterr().out) == list(SILOS)
+    for kit in ("server", "cafe"):
+        assert [one for one in doctor.findings(federation.kits[kit]) if not one.fine] == []
 
 
 def test_a_trivial_exchange_tells_its_time(flare: NVFlare, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,38 @@ def silo(
         err.print(f"stopped; what was learnt of open runs is kept in {one.site.folder}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def doctor(kit: Annotated[Path, typer.Argument(help="a server's or a silo's kit")]) -> None:
+    """Look at what may keep a kit from working, and say how to mend it. Exit code 1 when something is wrong."""
+    from fedtailor.engines import doctor as looking
+
+    found = list(looking.findings(kit))
+    for one in found:
+        out.print(f"{'ok ' if one.fine else 'BAD'} {one.what}: {one.told}", markup=False, highlight=False, soft_wrap=True)
+    if not all(one.fine for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
+    """Which silos are connected to a federation's server, and when each was last seen."""
+    import time
+
+    from fedtailor.engines import nvflare_admin, nvflare_kit
+    from fedtailor.errors import RunError
+
+    nvflare_kit.needed()
+    silos = nvflare_kit.about(kit, "server")["silos"]
+    try:
+        here = nvflare_admin.look(kit)
+    except nvflare_admin.Lost as error:
+        raise RunError(str(error)) from error
+    for silo in silos:
+        seen = here.get(silo)
+        told = "not connected" if seen is None else f"last seen {max(0.0, time.time() - seen.seen):.0f} s ago"
+        out.print(f"{silo}: {told}", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command(hidden=True)
 def courier(kit: Path) -> None:
     """The engine's own process of a silo's kit; `fedtailor silo KIT` starts it."""

@@ -142,6 +142,16 @@ def login(kit: Path) -> Any:
     return session
 
 
+def look(kit: Path) -> dict[str, Seen]:
+    """Who is connected to the server of this kit now. Raises Lost when the server does not answer."""
+    try:
+        session = login(kit)
+    except Exception as error:  # NVFlare raises many kinds
+        raise Lost(f"the engine's server does not answer ({str(error)[:200]}); is `fedtailor server` running?") from error
+    with contextlib.closing(session):
+        return connected(session)
+
+
 def connected(session: Any) -> dict[str, Seen]:
     """Silos by name. The session's own call leaves out the token, which only the table for people shows."""
     told = session._do_command("check_status server")
