@@ -15,7 +15,7 @@ from fedtailor import cli, experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.toml"))
-DOCUMENTS = [file for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md") if file.exists()]
+DOCUMENTS = [*ROOT.glob("[A-Z]*.md"), *ROOT.glob("docs/*.md")]
 COMMANDS: Any = typer.main.get_command(cli.app)
 
 
@@ -126,6 +126,9 @@ MADE = (
     "reviews.csv",
     "rounds.jsonl",
     "experiment.toml",
+    "urgency.toml",
+    "silo.toml",
+    "kits/",
 )  # made by a run, or the reader's
 
 
