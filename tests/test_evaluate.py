@@ -215,8 +215,9 @@ def test_ask_all_is_per_silo(llama: Resident, rated: Silos) -> None:
         assert found[silo.name] == pytest.approx(metrics(evaluate(silo, body)), rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [Counts(-1, 1, 1.0), Counts(1, -1, 1.0), Counts(1, 1, -1.0), Counts(1, 1, math.nan)])
+@pytest.mark.parametrize("bad", [Counts(-1, 1, 1.0), Counts(1, -1, 1.0), Counts(1, 1, -1.0), Counts(1, 1, math.inf)])
 def test_counts_out_of_bounds(bad: Counts) -> None:
     body = Evaluate(Bare(), "test", 4)
     assert "out of bounds" in str(bad.problem(body))
+    assert Counts(1, 1, math.nan).problem(body) == "the loss is nan: lower method.lr or method.server_lr"
     assert Counts(1, 1, 1.0).problem(body) is None

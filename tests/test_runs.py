@@ -288,10 +288,10 @@ def test_two_starts_at_once_do_not_share_a_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     real = runs.prepare
 
-    def prepare(experiment: Experiment) -> Any:
+    def prepare(experiment: Experiment, afar: Sequence[str]) -> Any:
         monkeypatch.setattr(runs, "prepare", real)
         others.append(runs.begin(experiment, None, "the other"))  # begun while this one is still loading
-        return real(experiment)
+        return real(experiment, afar)
 
     others: list[runs.Run] = []
     monkeypatch.setattr(runs, "prepare", prepare)
