@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from fedtailor import cli, experiment, find, models, wire
+from commands import Command
 from fedtailor import data as rows
+from fedtailor import experiment, find, models, wire
 from fedtailor.engines import courier, doctor, frames, nvflare_admin, nvflare_kit
 from fedtailor.engines.courier import Answer
 from fedtailor.engines.in_process import InProcess
@@ -186,12 +187,11 @@ def test_the_same_tensors_whatever_the_method(flare: NVFlare, method: str) -> No
 
 
 def test_who_is_connected_is_told_and_a_kit_that_works_has_nothing_to_mend(
-    flare: NVFlare, federation: Federation, capsys: pytest.CaptureFixture[str]
+    flare: NVFlare, federation: Federation, fedtailor: Command
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["status", str(federation.kits["server"])])
-    assert ended.value.code == 0
-    assert re.findall(r"(\w+): last seen \d+ s ago", capsys.readouterr().out) == list(SILOS)
+    ended = fedtailor("status", federation.kits["server"])
+    assert ended.code == 0
+    assert re.findall(r"(\w+): last seen \d+ s ago", ended.out) == list(SILOS)
     for kit in ("server", "cafe"):
         assert [one for one in doctor.findings(federation.kits[kit]) if not one.fine] == []
 

@@ -26,6 +26,9 @@ class Request:
     body: bytes
     committed: int = -1  # the last round that the server has committed: what was open of it is final
 
+    def __str__(self) -> str:
+        return f"round {self.round} {self.work.rpartition(':')[2]}"
+
     def id(self, silo: str) -> str:
         place = f"{self.run}\n{self.round}\n{self.index}\n{silo}\n{self.work}\n".encode()
         return hashlib.sha256(place + hashlib.sha256(self.body).digest()).hexdigest()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedtailor import wire
+from fedtailor import progress, wire
 from fedtailor.engines.desk import Desk, Request, answer
 from fedtailor.engines.reach import Arrival, Reach, Record, Traffic
 from fedtailor.faults import Faults
@@ -67,17 +67,20 @@ class InProcess:
 
     def carry(self, request: Request, to: tuple[str, ...], deadline: float | None) -> Iterator[Arrival]:
         """In silo order. A pass that took longer than the deadline is counted, and not used."""
-        for desks in self.groups(request, to):
-            began = time.perf_counter()
-            replies = answer(desks, request)
-            late = deadline is not None and time.perf_counter() - began > deadline
-            for desk, reply in zip(desks, replies, strict=True):
-                self.traffic.down += len(request.body)
-                self.traffic.up += len(reply)
-                if self.record is not None:
-                    self.record(desk.name, "down", request.body)
-                    self.record(desk.name, "up", reply)
-                yield Arrival(desk.name, reply, f"later than the deadline of {deadline} s" if late else "")
+        passes = list(self.groups(request, to))
+        with progress.bar(str(request), len(passes)) as advance:
+            for desks in passes:
+                began = time.perf_counter()
+                replies = answer(desks, request)
+                late = deadline is not None and time.perf_counter() - began > deadline
+                advance()
+                for desk, reply in zip(desks, replies, strict=True):
+                    self.traffic.down += len(request.body)
+                    self.traffic.up += len(reply)
+                    if self.record is not None:
+                        self.record(desk.name, "down", request.body)
+                        self.record(desk.name, "up", reply)
+                    yield Arrival(desk.name, reply, f"later than the deadline of {deadline} s" if late else "")
 
     def groups(self, request: Request, silos: Sequence[str]) -> Iterator[list[Desk]]:
         """Silos in order, as many at once as the plan says."""

@@ -113,13 +113,11 @@ class Reach:
         self, request: Request, to: tuple[str, ...], deadline: float | None, missing: dict[str, str]
     ) -> Iterator[Reply[Any]]:
         """Replies as the engine brings them; why there is none is said in `missing`."""
-        with progress.bar(f"round {request.round} {request.work.rpartition(':')[2]}", len(to)) as advance:
-            for arrival in self.engine.carry(request, to, deadline):
-                advance()
-                if arrival.missing:
-                    missing[arrival.silo] = arrival.missing
-                    continue
-                yield Reply(arrival.silo, wire.unpack(arrival.reply))
+        for arrival in self.engine.carry(request, to, deadline):
+            if arrival.missing:
+                missing[arrival.silo] = arrival.missing
+                continue
+            yield Reply(arrival.silo, wire.unpack(arrival.reply))
 
 
 def _problem(body: Any, asked: Any) -> str | None:

@@ -77,11 +77,13 @@ class Remote:
         request = replace(request, committed=self._committed)
         came: dict[str, Arrival] = {}
         queue, usable = list(to), 0
-        for arrival in self._gathered(request, to, self.deadline if deadline is None else deadline):
-            came[arrival.silo] = arrival
-            usable += not arrival.missing
-            while queue and queue[0] in came:
-                yield came.pop(queue.pop(0))
+        with progress.bar(str(request), len(to)) as advance:
+            for arrival in self._gathered(request, to, self.deadline if deadline is None else deadline):
+                advance()
+                came[arrival.silo] = arrival
+                usable += not arrival.missing
+                while queue and queue[0] in came:
+                    yield came.pop(queue.pop(0))
         if 0 < usable < min(self.minimum, len(to)):  # of none at all, `Reach` tells why
             raise RunError(f"round {request.round}: {usable} replies, fewer than engine.minimum = {self.minimum}")
 
