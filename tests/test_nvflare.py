@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands import Command
 from fedtailor import data as rows
@@ -138,6 +139,7 @@ class Case:
 
 
 def case(*sets: str) -> Case:
+    torch.set_num_threads(1)  # a module's fixture comes before what sets it for each test
     spec = experiment.load(TINY, ["method.optimizer_state=keep", *sets])
     silos = rows.load(spec.data, spec.silo, 0).silos
     assert tuple(sorted(silos)) == SILOS

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedtailor import data, experiment, models, wire
 from fedtailor.engines import remote
@@ -69,6 +70,7 @@ def engine(courier: Any, of: Experiment, run: str = "run", **more: Any) -> Remot
 
 @pytest.fixture(scope="module")
 def undisturbed() -> tuple[bytes, list[Any]]:
+    torch.set_num_threads(1)  # before any test has: bit-equal runs are asked for with one
     one = asked()
     local = InProcess(data.load(one.data, one.silo, 0).silos, {"base": models.load(one.model)}, rounds=one.rounds)
     report = experiment.run(one, local)
@@ -178,6 +180,20 @@ def test_a_reply_to_another_request_is_not_used(tmp_path: Path) -> None:
     state = asked().method.begin(one.reach(0))
     asked().method.round(state, one.reach(1))
     assert one.rejected == [(1, "shop", "answered 'reply' to another request than this")]
+
+
+def test_a_reply_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    class Garbled(Straight):
+        def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+            for answer in super().exchange(to, head, body, timeout):
+                spoilt = answer.silo == "shop" and answer.head["kind"] == "reply"
+                yield replace(answer, body=answer.body[:-3]) if spoilt else answer
+
+    one = engine(Garbled(tmp_path), asked())
+    asked().method.round(asked().method.begin(one.reach(0)), one.reach(1))
+    ((number, silo, why),) = one.rejected
+    assert (number, silo) == (1, "shop")
+    assert why.startswith("its reply cannot be read: ")
 
 
 def test_a_base_is_loaded_once_however_many_rounds(tmp_path: Path) -> None:

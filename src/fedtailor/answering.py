@@ -149,8 +149,8 @@ class Answers:
         if self.resident.classifier:
             return self._class_scores(rows, choices)
         alternatives = [self._encoded(self._told(rows), [choice] * len(rows)) for choice in choices]
-        if any(len(item.answer) != 1 for column in alternatives for item in column):
-            stop = with_end(self.resident, choices)
+        stop = with_end(self.resident, choices)  # then also where each is one token: what was trained is what is scored
+        if stop or any(len(item.answer) != 1 for column in alternatives for item in column):
             flat = [self.logprobs(rows, [choice] * len(rows), stop=stop) for choice in choices]
             return torch.tensor([[total for total, _ in column] for column in flat]).T
         # every choice is one token: one pass over the prompt answers for all of them

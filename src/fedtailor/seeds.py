@@ -45,7 +45,7 @@ class Seed:
         found: dict[str, Any] = {}
         for row in self.run.rows:
             file = self.folder / "rows" / row / "row.json"
-            if not file.exists() and row == "zero_shot":
+            if not file.exists() and row == "zero_shot" and not self.run.courier:  # afar, test rows are not known here
                 self._taken(file)
             if not file.exists():
                 progress.line(f"{row}{'' if len(experiment.seeds) == 1 else f' (seed {self.seed})'} ...")
@@ -187,6 +187,8 @@ class Seed:
         body = Evaluate(served, "test", self.run.experiment.evaluate.max_new_tokens)
         found = scoring.ask_all(engine.reach(0, disturbed=False), body)
         # a mean over other silos would stand beside the other rows' as if it were the same; afar it is named instead
+        for _, silo, reason in engine.rejected if self.run.courier else ():
+            progress.line(f"test rows of {silo} are not in the figures: {reason}")
         if engine.rejected and not self.run.courier:
             why = "; ".join(f"{silo}: {why}" for _, silo, why in engine.rejected[:3])
             raise RunError(f"test rows could not be scored: {why}")

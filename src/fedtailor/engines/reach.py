@@ -117,7 +117,12 @@ class Reach:
             if arrival.missing:
                 missing[arrival.silo] = arrival.missing
                 continue
-            yield Reply(arrival.silo, wire.unpack(arrival.reply))
+            try:
+                body = wire.unpack(arrival.reply)
+            except wire.WireError as error:
+                missing[arrival.silo] = f"its reply cannot be read: {error}"
+                continue
+            yield Reply(arrival.silo, body)
 
 
 def _problem(body: Any, asked: Any) -> str | None:
