@@ -55,6 +55,7 @@ def ten(tmp_path: Path) -> Iterator[Sockets]:
     for name in SILOS:
         worker = Worker(Site(name, tmp_path / name))
         worker.desks["run"] = Desk(name, SiloData((), (), ()), {}, 0)
+        worker.rows["run"] = ""
         up = threading.Event()
         threading.Thread(target=worker.serve, args=(up.set,), daemon=True).start()
         assert up.wait(10)
@@ -66,7 +67,7 @@ def ten(tmp_path: Path) -> Iterator[Sockets]:
 def test_three_of_ten_sleep_and_every_round_ends_at_its_deadline(ten: Sockets) -> None:
     asked = experiment.load(TINY)
     engine = Remote(ten, Open("run", 0, asked.data, asked.model), rounds=3, deadline=1.0)
-    engine.opened = {name: Opened("0", torch.__version__, 1) for name in SILOS}
+    engine.opened = {name: Opened("0", "0", torch.__version__, 1) for name in SILOS}
     for number in (1, 2, 3):
         began = time.monotonic()
         replies = list(engine.reach(number)(sleepy, Ask(number)))
@@ -105,4 +106,4 @@ def test_a_kit_of_sockets(tmp_path: Path) -> None:
     (tmp_path / "federation.toml").write_text('engine = "sockets"\n[silos]\nb = "b/worker.sock"\na = "/run/a.sock"\n')
     with courier.of(tmp_path) as found:
         assert found.silos == ("a", "b")
-        assert found == Sockets({"b": tmp_path / "b/worker.sock", "a": Path("/run/a.sock")})
+        assert found == Sockets({"b": tmp_path / "b/worker.sock", "a": Path("/run/a.sock")}, tmp_path / "spool")

@@ -8,12 +8,14 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtailor.engines import frames
+from fedtailor.packed import LARGE, Spooled, digest, nameless
 
 
 @pytest.fixture
@@ -63,12 +65,13 @@ def test_a_head_that_is_none(ends: tuple[socket.socket, socket.socket], text: by
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("to_file", [False, True])
 def test_bodies_come_whole_also_by_way_of_files(
-    ends: tuple[socket.socket, socket.socket], size: int, from_file: bool, to_file: bool
+    ends: tuple[socket.socket, socket.socket], size: int, from_file: bool, to_file: bool, tmp_path: Path
 ) -> None:
     body = os.urandom(size)
+    (tmp_path / "body").write_bytes(body)
 
     def send() -> None:
-        frames.send(ends[0], {"kind": "ask"}, io.BytesIO(body) if from_file else body)
+        frames.send(ends[0], {"kind": "ask"}, Spooled((tmp_path / "body").open("rb")) if from_file else body)
         frames.send(ends[0], {"kind": "next"}, b"n")
 
     sending = threading.Thread(target=send)
@@ -83,11 +86,25 @@ def test_bodies_come_whole_also_by_way_of_files(
     sending.join()
 
 
-def test_a_file_is_sent_from_its_start(ends: tuple[socket.socket, socket.socket]) -> None:
-    file = io.BytesIO(b"abc")
-    file.seek(2)
+def test_a_file_is_sent_from_its_start(ends: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
+    file = nameless(tmp_path / "spool")
+    file.write(b"abc")
     frames.send(ends[0], {}, file)
     assert frames.receive(ends[1]) == ({}, b"abc")
+
+
+def test_a_large_body_comes_into_a_file_without_a_name(
+    ends: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    body = os.urandom(LARGE)
+    sending = threading.Thread(target=frames.send, args=(ends[0], {}, body))
+    sending.start()
+    _, came = frames.receive(ends[1], spool=tmp_path / "spool")
+    sending.join()
+    assert isinstance(came, Spooled)
+    assert len(came) == LARGE
+    assert digest(came) == digest(body)
+    assert list((tmp_path / "spool").iterdir()) == []
 
 
 def test_half_a_message_is_told_also_on_the_way_to_a_file(ends: tuple[socket.socket, socket.socket]) -> None:

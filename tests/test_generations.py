@@ -154,17 +154,17 @@ def test_a_damaged_generation_is_named(tmp_path: Path) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts file writes, and kills at the one asked for: before it, or in its midst."""
     count = {"now": 0, "kill": 0, "midst": 0}
-    real = wire.write_bytes
+    real = wire.write_file
 
-    def write(path: Path, data: bytes) -> None:
+    def write(path: Path, body: Any) -> int:
         count["now"] += 1
         if count["now"] == count["kill"]:
             if count["midst"]:  # what a SIGKILL leaves: part of a file, beside
-                path.with_name(f".{path.name}.tmp").write_bytes(data[: len(data) // 2])
+                path.with_name(f".{path.name}.tmp").write_bytes(wire.pack(body)[:100])
             raise Killed
-        real(path, data)
+        return real(path, body)
 
-    monkeypatch.setattr(wire, "write_bytes", write)
+    monkeypatch.setattr(wire, "write_file", write)
     return count
 
 

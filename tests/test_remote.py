@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fedtailor import data, experiment, models, wire
+from fedtailor.baselines import Bare
 from fedtailor.engines import remote
 from fedtailor.engines.courier import Answer
 from fedtailor.engines.in_process import InProcess
@@ -20,6 +21,7 @@ from fedtailor.engines.remote import Remote
 from fedtailor.engines.site import Site
 from fedtailor.engines.worker import Open, Opened, Worker
 from fedtailor.errors import RunError
+from fedtailor.evaluate import Evaluate, evaluate
 from fedtailor.experiment import Experiment
 from fedtailor.generations import Generations
 
@@ -123,7 +125,7 @@ def test_a_silo_that_stays_away_is_named(tmp_path: Path) -> None:
     state = asked().method.begin(one.reach(0))
     one.commit()
     asked().method.round(state, one.reach(1))
-    assert one.rejected == [(1, "shop", "no reply within 0.3 s")]
+    assert one.rejected == [(1, "shop", "lost on the way there")]
     with pytest.raises(RunError, match=r"round 2: 2 replies, fewer than engine\.minimum = 3"):
         asked().method.round(state, replace_engine(one, minimum=3).reach(2))
 
@@ -143,7 +145,7 @@ def test_a_deadline_holds_for_the_whole_exchange(tmp_path: Path) -> None:
 
     one = engine(Slow(tmp_path), asked())
     for silo in SILOS:  # the bases are loaded: what is timed is the wait alone
-        one._open([silo], 60)
+        one._open([silo], 60, {})
     state = asked().method.begin(one.reach(0))
     one.commit()
     began = time.monotonic()
@@ -194,6 +196,71 @@ def test_a_reply_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ((number, silo, why),) = one.rejected
     assert (number, silo) == (1, "shop")
     assert why.startswith("its reply cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(b"half a mess", "what it opened with cannot be read: "), (wire.pack(asked().method), "it opened with a Prefix")],
+)
+def test_a_silo_that_opens_with_something_else_is_refused(tmp_path: Path, body: bytes, said: str) -> None:
+    class Garbled(Straight):
+        def exchange(self, to: Sequence[str], head: Any, given: bytes, timeout: float) -> Iterator[Answer]:
+            for answer in super().exchange(to, head, given, timeout):
+                yield replace(answer, body=body) if answer.silo == "cafe" and head["kind"] == "open" else answer
+
+    one = engine(Garbled(tmp_path), asked())
+    asked().method.begin(one.reach(0))
+    ((number, silo, why),) = one.rejected
+    assert (number, silo) == (0, "cafe")
+    assert why.startswith(said)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    one = engine(Straight(tmp_path), asked(), tokenizer_sha256="0" * 64)
+    with pytest.raises(RunError, match=r"cafe: its tokenizer is another one .sha256 [0-9a-f]{12}, asked 0{12}."):
+        asked().method.begin(one.reach(0))
+
+
+def test_a_reply_of_another_class_is_rejected_by_name(tmp_path: Path) -> None:
+    class Other(Straight):
+        def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+            for answer in super().exchange(to, head, body, timeout):
+                wrong = answer.silo == "shop" and head.get("round") == 1
+                yield replace(answer, body=wire.pack(one.opening)) if wrong else answer
+
+    one = engine(Other(tmp_path), asked())
+    asked().method.round(asked().method.begin(one.reach(0)), one.reach(1))
+    assert one.rejected == [(1, "shop", "a body of class Open was not asked for")]
+
+
+def test_a_lost_silo_is_waited_for_less_and_less_until_it_answers(tmp_path: Path) -> None:
+    away = {"shop"}
+    one = engine(Straight(tmp_path, lambda silo: "never arrives" if silo in away else "fine"), asked(), patience=0.8)
+    for silo in SILOS:
+        one._open([silo], 60, {})
+    state = asked().method.begin(one.reach(0))
+    one.commit()
+    took = []
+    for number in (1, 2, 3):
+        began = time.monotonic()
+        list(one.reach(number)(train(), body(state)))
+        took.append(time.monotonic() - began)
+        one.commit()
+    assert [silo for _, silo, _ in one.rejected] == ["shop"] * 3
+    assert took[0] > 0.8
+    assert one.missed == {"shop": 3}
+    away.clear()
+    assert [reply.silo for reply in one.reach(4)(train(), body(state))] == list(SILOS)
+    assert one.missed == {}
+
+
+def test_while_no_silo_at_all_answers_the_deadline_holds(tmp_path: Path) -> None:
+    began = time.monotonic()
+    gone = iter([True] * 300)
+    one = engine(Straight(tmp_path, lambda silo: "never arrives" if next(gone, False) else "fine"), asked(), patience=0.0)
+    assert len(list(one.reach(1)(evaluate, Evaluate(Bare(labels=2), "val", 4)))) > 0
+    assert one.rejected == []
+    assert time.monotonic() - began < 60
 
 
 def test_a_base_is_loaded_once_however_many_rounds(tmp_path: Path) -> None:

@@ -7,19 +7,20 @@ import os
 import stat
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedtailor import experiment, wire
+from fedtailor import __version__, experiment, models, wire
 from fedtailor.core import Silo, in_silo
 from fedtailor.engines.courier import Sockets
 from fedtailor.engines.site import Site
-from fedtailor.engines.worker import Open, Opened, Worker
+from fedtailor.engines.worker import OPEN, Open, Opened, Worker
 from fedtailor.errors import SiloError, UserError
+from fedtailor.packed import LARGE, Spooled, digest
 
 wire.allow(__name__)
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -42,9 +43,17 @@ def add(silo: Silo, body: Add) -> Sum:
     silo.memory["n"] = silo.memory.get("n", 0) + body.amount
     if body.fail == "silo":
         raise SiloError("no rows today")
+    if body.fail == "memory":
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ...")
     if body.fail == "bug":
         raise KeyError(silo.data.train[0].prompt)
     return Sum(silo.memory["n"], torch.tensor([float(silo.memory["n"])]))
+
+
+@in_silo
+def doubled(silo: Silo, body: Sum) -> Sum:
+    silo.memory["n"] = silo.memory.get("n", 0) + 1
+    return Sum(silo.memory["n"], body.seen * 2)
 
 
 def not_marked(silo: Silo, body: Add) -> Sum:
@@ -60,8 +69,10 @@ def opened(folder: Path, run: str = "run") -> Worker:
     worker = Worker(Site("cafe", folder))
     folder.mkdir(exist_ok=True)
     head, body = worker.handle({"kind": "open"}, wire.pack(opening(run)))
-    assert head == {"kind": "opened"}
-    assert isinstance(wire.unpack(body), Opened)
+    found = wire.unpack(body)
+    assert isinstance(found, Opened)
+    told = {"kind": "opened", "model_sha256": found.model_sha256, "fedtailor": __version__, "torch": torch.__version__}
+    assert head == told
     return worker
 
 
@@ -118,6 +129,64 @@ def test_a_bug_is_told_without_the_row_that_is_in_it(tmp_path: Path, caplog: pyt
     assert answer == {"kind": "refused", "why": "unexpected KeyError: its own log says where"}
     assert repr(row)[:20] in caplog.text, "the silo itself sees it all"
     assert ask(worker, 1) == {"kind": "unknown"}, "it begins again from what is on the disk"
+
+
+def test_a_machine_without_memory_is_told_in_two_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    worker = opened(tmp_path)
+    with caplog.at_level(logging.ERROR, "fedtailor.silo"):
+        assert ask(worker, 5, fail="memory") == {"kind": "refused", "why": "out of memory"}
+    assert "give this machine more, or ask for smaller batches" in caplog.text
+
+
+def test_a_large_reply_lies_in_a_file_and_is_repeated_from_there(tmp_path: Path) -> None:
+    def ask_twice(worker: Worker, number: int) -> tuple[dict[str, Any], Any]:
+        head = {"kind": "ask", "run": "run", "round": number, "index": 0, "work": wire.address(doubled), "committed": number - 1}
+        return worker.handle(head, sent)
+
+    sent = wire.spooled(Sum(0, torch.arange(LARGE // 4, dtype=torch.float32)), tmp_path / "spool")
+    head, reply = ask_twice(opened(tmp_path), 1)
+    assert isinstance(reply, Spooled)
+    assert torch.equal(wire.unpack(reply).seen, 2 * torch.arange(LARGE // 4, dtype=torch.float32))
+    worker = opened(tmp_path)  # killed, and started anew
+    again, repeated = ask_twice(worker, 1)
+    assert again == head
+    assert digest(repeated) == digest(reply)
+    assert ask_twice(worker, 2)[1] is not None
+    files = [file.name for file in (tmp_path / "memory").rglob("*") if file.is_file()]
+    assert len(files) == 2, f"the first reply is swept away: {files}"
+    assert wire.unpack(ask_twice(opened(tmp_path), 2)[1]).total == 2
+
+
+def test_rows_that_changed_in_the_middle_of_a_run_are_refused(tmp_path: Path) -> None:
+    worker = opened(tmp_path)
+    ask(worker, 5)
+    rows = worker.desks["run"].data
+    worker.site = replace(worker.site, data={"max_train": len(rows.train) - 1})
+    answer, _ = worker.handle({"kind": "open"}, wire.pack(opening()))
+    assert answer["why"] == "the rows here changed since this run began; bring them back, or begin a new run"
+    assert worker.handle({"kind": "open"}, wire.pack(opening("new")))[0]["kind"] == "opened"
+
+
+def test_another_minor_version_of_a_library_is_refused(tmp_path: Path) -> None:
+    mine = models.versions()
+    worker = Worker(Site("cafe", tmp_path))
+    other = wire.pack(opening(libraries=mine | {"peft": "0.1.0"}))
+    why = f"peft {mine['peft']} is installed here, the server has 0.1.0: install the same"
+    assert worker.handle({"kind": "open"}, other)[0]["why"] == why
+    patch = wire.pack(opening(libraries=mine | {"peft": ".".join(mine["peft"].split(".")[:2]) + ".99"}))
+    assert worker.handle({"kind": "open"}, patch)[0]["kind"] == "opened"
+
+
+def test_runs_of_long_ago_are_forgotten_and_few_are_held(tmp_path: Path) -> None:
+    worker = opened(tmp_path, "old")
+    for number in range(OPEN + 2):
+        worker.handle({"kind": "open"}, wire.pack(opening(f"run {number}")))
+    assert list(worker.desks) == [f"run {number}" for number in range(2, OPEN + 2)]
+    ask(opened(tmp_path, "run"), 1)
+    (kept,) = (tmp_path / "memory").glob("*.safetensors")
+    os.utime(kept, (0, time.time() - 86400 * 91))
+    worker._forget()
+    assert list((tmp_path / "memory").iterdir()) == []
 
 
 @pytest.mark.parametrize("work", [f"{__name__}:not_marked", "os:system", "fedtailor.wire:pack", "no-colon", f"{__name__}:Add.x"])

@@ -36,6 +36,7 @@ class Engine:
     threads: Annotated[int, Field(ge=0)] = 0  # 0: all cores; 1 and cohort = 1: bit for bit the same anywhere
     deadline: Annotated[float, Field(gt=0)] = 3600.0  # over a federation: seconds of one exchange, all repeats included
     minimum: Annotated[int, Field(ge=1)] = 1  # over a federation: replies without which a round fails
+    patience: Annotated[float, Field(ge=0)] = 120.0  # over a federation: seconds for lost silos, once the rest is in
     record: bool = False  # keep every message under messages/, for audits
 
 

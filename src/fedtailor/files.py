@@ -1,14 +1,10 @@
-"""Files of a run's folder: JSON that is there whole or not at all, names made of a silo's, a full disk told as such."""
+"""Files of a run's folder: JSON that is there whole or not at all, names made of a silo's."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +28,6 @@ def file_name(silo: str) -> str:
     """A silo's name as a file name: readable, and different for different names."""
     safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in silo)[:60]
     return safe if safe == silo else f"{safe}-{hashlib.sha256(silo.encode()).hexdigest()[:8]}"
-
-
-@contextlib.contextmanager
-def disk_told(folder: Path) -> Iterator[None]:
-    """Libraries written in Rust tell a full disk in their own words: say it in the system's."""
-    try:
-        yield
-    except Exception as error:
-        if "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        raise
 
 
 def placeless(text: str) -> str:

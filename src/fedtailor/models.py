@@ -67,6 +67,7 @@ class Resident:
     tokenizer: Any
     source: str  # what `from_pretrained` takes
     sha256: str  # over the weights: two silos with equal hashes have equal bases
+    tokenizer_sha256: str  # over its vocabulary, rules, marks and chat template
     classifier: bool  # an encoder, scored by a head over its mean-pooled states; else a causal language model
     _tuned: dict[str, Tuned] = field(default_factory=dict)
 
@@ -211,7 +212,25 @@ def resident(module: Any, tokenizer: Any, *, source: str, classifier: bool) -> R
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return Resident(module, tokenizer, source, digest.hexdigest(), classifier)
+    return Resident(module, tokenizer, source, digest.hexdigest(), _tokenizer_sha256(tokenizer), classifier)
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    """As it is loaded: use changes what it says of padding."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
+    told = {k: v for k, v in rules.items() if k not in ("padding", "truncation")} if fast is not None else rules
+    marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
+    whole = json.dumps([told, marks, getattr(tokenizer, "chat_template", None)], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what is computed."""
+    import peft
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 
 
 def known(name: str) -> bool:

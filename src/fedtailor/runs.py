@@ -107,13 +107,9 @@ class Run:
             write_json(self.folder / "plan.json", self.plan)
 
     def _environment(self, resident: models.Resident, data_sha256: str) -> dict[str, Any]:
-        import peft
-        import transformers
-
         cohort = self.experiment.engine.cohort
         return {
-            "fedtailor": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "peft": peft.__version__, "python": platform.python_version(), "system": platform.system(),
+            "fedtailor": __version__, **models.versions(), "python": platform.python_version(), "system": platform.system(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
             "dtype": str(resident.module.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
             "cohort": max([1, *self.plan["cohort"].values()]) if cohort == "auto" else cohort,

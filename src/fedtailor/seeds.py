@@ -20,8 +20,9 @@ from fedtailor.engines.worker import Open
 from fedtailor.errors import RunError
 from fedtailor.evaluate import Evaluate
 from fedtailor.experiment import drawn, run
-from fedtailor.files import disk_told, file_name, read_json, write_json
+from fedtailor.files import file_name, read_json, write_json
 from fedtailor.generations import Generations
+from fedtailor.packed import Packed
 
 if TYPE_CHECKING:
     from fedtailor.runs import Run
@@ -83,12 +84,12 @@ class Seed:
     def _served(self, served: Any) -> dict[str, Any]:
         """A row without training."""
         began = time.perf_counter()
-        found, (up, down) = self._tested(served)
+        found, (up, down), rejected = self._tested(served)
         return {
             **scoring.summary(found), "bytes_up": 0, "bytes_down": 0, "seconds": 0.0,
             "evaluation_bytes_up": up, "evaluation_bytes_down": down,
             "evaluation_seconds": time.perf_counter() - began, "peak_memory_mb": peak.megabytes(), "trained_parameters": 0,
-            "samples": self._samples(served),
+            "samples": self._samples(served), **({"rejected": rejected} if rejected else {}),
         }  # fmt: skip
 
     def _trained(
@@ -102,7 +103,7 @@ class Seed:
             wire.write_bytes(self.folder / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes())
             self._export(method, report.served)
         began = time.perf_counter()
-        found, traffic = self._tested(report.served)
+        found, traffic, rejected = self._tested(report.served)
         sums = {name: sum(entry.get(name, 0) for entry in report.log) for name in ADDED}
         sums["evaluation_seconds"] += time.perf_counter() - began
         sums["evaluation_bytes_up"] += traffic[0]
@@ -111,7 +112,7 @@ class Seed:
         return {
             **scoring.summary(found), **sums, "peak_memory_mb": peak.megabytes(),
             "trained_parameters": sum(t.numel() for t in tensors.values()),
-            "best_round": report.best_round, "rounds": experiment.rounds, "rejected": _counted(report.log),
+            "best_round": report.best_round, "rounds": experiment.rounds, "rejected": _counted(report.log) | rejected,
             "samples": self._samples(report.served),
         }  # fmt: skip
 
@@ -171,28 +172,30 @@ class Seed:
             )  # fmt: skip
             return Remote(
                 self.run.courier, opening, rounds, experiment.engine.deadline, experiment.engine.minimum,
-                self.resident.sha256, **more,
+                experiment.engine.patience, self.resident.sha256, self.resident.tokenizer_sha256, self.folder / "spool",
+                **more,
             )  # fmt: skip
         return InProcess(
             data, {"base": self.resident}, seed=self.seed, rounds=rounds, run=f"{name}/{self.seed}",
             cohort=experiment.engine.cohort, plan=dict(self.run.plan["cohort"]), on_plan=self.run.planned, **more,
         )  # fmt: skip
 
-    def _tested(self, served: Any) -> tuple[dict[str, dict[str, float]], tuple[int, int]]:
-        """Metrics per silo on the test rows: read once, here."""
+    def _tested(self, served: Any) -> tuple[dict[str, dict[str, float]], tuple[int, int], dict[str, int]]:
+        """Metrics per silo on the test rows: read once, here. Then bytes up and down, and which silos are missing, and why."""
         tested = {name: rows for name, rows in self.data.items() if rows.test or self.run.courier}
         if not tested:
-            return {}, (0, 0)
+            return {}, (0, 0), {}
         engine = self._engine(tested, 0, "test", disturbed=False)
         body = Evaluate(served, "test", self.run.experiment.evaluate.max_new_tokens)
         found = scoring.ask_all(engine.reach(0, disturbed=False), body)
-        # a mean over other silos would stand beside the other rows' as if it were the same; afar it is named instead
-        for _, silo, reason in engine.rejected if self.run.courier else ():
-            progress.line(f"test rows of {silo} are not in the figures: {reason}")
         if engine.rejected and not self.run.courier:
             why = "; ".join(f"{silo}: {why}" for _, silo, why in engine.rejected[:3])
             raise RunError(f"test rows could not be scored: {why}")
-        return found, engine.traffic.take()
+        # a mean over other silos stands beside the other rows' as if it were the same: so each that is missing is named
+        missing = {f"{silo}: its test rows are not in the figures: {why}": 1 for _, silo, why in engine.rejected}
+        for told in missing:
+            progress.line(told)
+        return found, engine.traffic.take(), missing
 
     def _samples(self, served: Any) -> Sequence[dict[str, str]]:
         settings = self.run.experiment.evaluate
@@ -207,7 +210,7 @@ class Seed:
         beside.mkdir(parents=True)
         wire.write_file(beside / "served.safetensors", served)  # what `fedtailor chat` opens
         if hasattr(method, "export"):
-            with disk_told(beside):
+            with wire.disk_told(beside):
                 method.export(self.resident, served.tensors, beside)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
@@ -223,7 +226,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self.count = 1 + max((int(file.name[:6]) for file in self.folder.glob("[0-9]*")), default=-1)
 
-    def __call__(self, silo: str, direction: str, data: bytes) -> None:
+    def __call__(self, silo: str, direction: str, data: Packed) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         wire.write_bytes(self.folder / f"{self.count:06d}-{direction}-{file_name(silo)}.safetensors", data)
         self.count += 1

@@ -9,22 +9,28 @@ it is a frozen dataclass of an allowed top-level package. Floats, NaN included, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
+import os
+import re
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file as save_tensors_file
 from torch import Tensor
 
 from fedtailor.errors import FedtailorError
+from fedtailor.packed import LARGE, Packed, Spooled
 
 VERSION = 1
 ALLOWED = frozenset({"fedtailor"})  # top-level packages whose bodies and in_silo functions this process accepts
@@ -51,20 +57,43 @@ def allow(package: str) -> None:
 
 def pack(body: Any) -> bytes:
     """A frozen dataclass as bytes. Equal bodies give equal bytes. Raises WireError naming the place that cannot cross."""
-    tensors: dict[str, Tensor] = {}
-    skeleton = _encode(body, "", tensors)
-    text = json.dumps({"version": VERSION, "body": skeleton}, separators=(",", ":"), allow_nan=False)
-    return save_tensors(tensors, metadata={_KEY: text})
+    tensors, metadata = _laid_out(body)
+    return save_tensors(tensors, metadata=metadata)
 
 
-def unpack(data: bytes) -> Any:
-    """The body again. Raises WireError for damaged bytes, another version, or a class that is not allowed."""
+def spooled(body: Any, folder: Path | None) -> Packed:
+    """As `pack`; a large body goes to a file without a name in `folder`, and is never in memory twice."""
+    if folder is None or not large(body):
+        return pack(body)
+    tensors, metadata = _laid_out(body)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, path = tempfile.mkstemp(dir=folder, prefix=".body-")
+    os.close(handle)
     try:
-        # layout: 8 bytes little-endian header length, then the JSON header, then the tensors
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        message = json.loads(header["__metadata__"][_KEY])
-        tensors = load_tensors(data)
+        with disk_told(folder):
+            save_tensors_file(tensors, path, metadata=metadata)
+        return Spooled(open(path, "rb", buffering=0))
+    finally:
+        os.unlink(path)
+
+
+def large(body: Any) -> bool:
+    return sum(tensor.nbytes for tensor in tensors_of(body).values()) >= LARGE
+
+
+def unpack(data: Packed) -> Any:
+    """The body again; tensors of one in a file are read as they are used. Raises WireError for damaged bytes, another
+    version, or a class that is not allowed."""
+    try:
+        if isinstance(data, Spooled):
+            with safe_open(data.path, framework="pt") as file:
+                message = json.loads(file.metadata()[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        else:
+            # layout: 8 bytes little-endian header length, then the JSON header, then the tensors
+            length = int.from_bytes(data[:8], "little")
+            message = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
+            tensors = load_tensors(data)
         if message.get("version") == VERSION:
             return _decode(message["body"], tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -118,37 +147,69 @@ def find_work(name: str) -> Any:
 
 def write_file(path: Path, body: Any) -> int:
     """Pack to a file so that it is there whole or not at all, and on the disk. Returns the bytes written."""
-    data = pack(body)
-    write_bytes(path, data)
-    return len(data)
+    tensors, metadata = _laid_out(body)
+    with _placed(path) as beside, disk_told(beside):
+        save_tensors_file(tensors, beside, metadata=metadata)
+    return path.stat().st_size
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: Packed) -> None:
     """Write beside, flush to the disk, then rename over: a kill or a full disk leaves the old file as it was."""
-    import os
+    with _placed(path) as beside:
+        if isinstance(data, Spooled):
+            data.copy(beside)
+        else:
+            beside.write_bytes(data)
 
+
+@contextlib.contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """What is written to the file that this gives is at `path` afterwards, on the disk, or nothing is."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        _synced(beside)
         beside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must be on the disk: a power cut may follow
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _synced(path.parent)  # the new name, too, must be on the disk: a power cut may follow
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
 
 
-def read_file(path: Path) -> Any:
+def _synced(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        return unpack(path.read_bytes())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def disk_told(path: Path) -> Iterator[None]:
+    """Libraries written in Rust tell a full disk, or whatever the system refused, in their own words: say it in its own."""
+    try:
+        yield
+    except Exception as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def read_file(path: Path) -> Any:
+    """Raises WireError naming the file."""
+    try:
+        large_one = path.stat().st_size >= LARGE
+        return unpack(Spooled(path.open("rb", buffering=0)) if large_one else path.read_bytes())
     except WireError as error:
         raise WireError(f"{path}: {error}") from error
+
+
+def _laid_out(body: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the file that a body is, and its metadata."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _encode(body, "", tensors)
+    text = json.dumps({"version": VERSION, "body": skeleton}, separators=(",", ":"), allow_nan=False)
+    return tensors, {_KEY: text}
 
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

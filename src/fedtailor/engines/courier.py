@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from fedtailor.engines import frames
 from fedtailor.errors import UserError, suggest
+from fedtailor.packed import Packed
 
 Head = Mapping[str, Any]
 
@@ -28,7 +29,7 @@ class Answer:
 
     silo: str
     head: Head = field(default_factory=dict)
-    body: bytes = b""
+    body: Packed = b""
     lost: str = ""
 
 
@@ -39,7 +40,7 @@ class Courier(Protocol):
     def __enter__(self) -> Courier: ...
     def __exit__(self, *_: object) -> None: ...  # what it holds is free again
 
-    def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
+    def exchange(self, to: Sequence[str], head: Head, body: Packed, timeout: float) -> Iterator[Answer]:
         """The same message to several silos; one Answer each, as they come, within `timeout` seconds."""
         ...
 
@@ -49,6 +50,7 @@ class Sockets:
     """Workers of this machine, by the unix sockets they listen on."""
 
     paths: Mapping[str, Path]
+    spool: Path | None = None  # a folder for large answers
 
     @property
     def silos(self) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ class Sockets:
     def __exit__(self, *_: object) -> None:
         """Nothing is held: every exchange makes its own links."""
 
-    def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
+    def exchange(self, to: Sequence[str], head: Head, body: Packed, timeout: float) -> Iterator[Answer]:
         pool = ThreadPoolExecutor(max_workers=max(1, len(to)))
         try:
             for done in as_completed([pool.submit(self._one, silo, head, body, timeout) for silo in to]):
@@ -68,11 +70,11 @@ class Sockets:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, silo: str, head: Head, body: bytes, timeout: float) -> Answer:
+    def _one(self, silo: str, head: Head, body: Packed, timeout: float) -> Answer:
         try:
             with connect(self.paths[silo], timeout) as link:
                 frames.send(link, head, body)
-                return Answer(silo, *frames.receive(link))
+                return Answer(silo, *frames.receive(link, spool=self.spool))
         except TimeoutError:
             return Answer(silo, lost=f"no reply within {timeout:.3g} s")
         except (OSError, frames.FrameError) as error:
@@ -95,7 +97,7 @@ def of(kit: Path) -> Courier:
     if engine == "sockets":
         if not isinstance(silos, dict) or not silos:
             raise UserError(f"{file}: [silos] is missing; write one line for each silo: name = 'path of its worker.sock'")
-        return Sockets({name: file.parent / str(path) for name, path in silos.items()})
+        return Sockets({name: file.parent / str(path) for name, path in silos.items()}, file.parent / "spool")
     known = [name for name in find.names("fedtailor.engines") if name == "nvflare" or name == "flower"]
     if engine not in known:
         raise UserError(f"{file}: engine = {engine!r}: no such engine{suggest(str(engine), ['sockets', *known])}")

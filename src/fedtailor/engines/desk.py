@@ -10,11 +10,13 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from fedtailor import wire
+from fedtailor import packed, wire
 from fedtailor.core import Silo
 from fedtailor.errors import SiloError
+from fedtailor.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Request:
     round: int
     index: int  # of the ask within its round
     work: str  # "module:name"
-    body: bytes
+    body: Packed
     committed: int = -1  # the last round that the server has committed: what was open of it is final
 
     def __str__(self) -> str:
@@ -31,7 +33,7 @@ class Request:
 
     def id(self, silo: str) -> str:
         place = f"{self.run}\n{self.round}\n{self.index}\n{silo}\n{self.work}\n".encode()
-        return hashlib.sha256(place + hashlib.sha256(self.body).digest()).hexdigest()
+        return hashlib.sha256(place + packed.digest(self.body)).hexdigest()
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Done:
     """One request of the open round that was answered."""
 
     id: str
-    reply: bytes | None
+    reply: Packed | None
     memory: dict[str, Any] | None  # after this request; None: as before it
 
 
@@ -52,11 +54,12 @@ class Desk:
     models: Mapping[str, Any]
     seed: int
     repeats: bool = True  # a request may come twice, as over a network: then replies are held until the commit
+    spool: Path | None = None  # a folder for large replies
     memory: dict[str, Any] = field(default_factory=dict)  # as of the last commit
     round: int = 0
     done: list[Done] = field(default_factory=list)  # by ask index of the open round
 
-    def recorded(self, request: Request) -> bytes | None:
+    def recorded(self, request: Request) -> Packed | None:
         """The reply given to this very request, if it was given in the open round."""
         known = [d.reply for d in self.done if d.id == request.id(self.name) and d.reply is not None]
         return known[0] if known and request.round == self.round else None
@@ -79,8 +82,21 @@ class Desk:
         memory = copy.deepcopy(self._latest()) if remembers else {}
         return Silo(self.name, self.data, self.models, seed, memory)
 
-    def record(self, request: Request, reply: bytes, memory: dict[str, Any] | None) -> None:
+    def record(self, request: Request, reply: Packed, memory: dict[str, Any] | None) -> None:
         self.done.append(Done(request.id(self.name), reply if self.repeats else None, memory))
+
+    def packed(self, request: Request, up: Any) -> Packed:
+        """A large reply goes to a file by the request's id in `spool`, so that it can be repeated after a restart."""
+        if self.spool is None or not wire.large(up):
+            return wire.pack(up)
+        self.spool.mkdir(parents=True, exist_ok=True)
+        file = self.reply(request.id(self.name))
+        wire.write_file(file, up)
+        return packed.Spooled(file.open("rb", buffering=0))
+
+    def reply(self, request: str) -> Path:
+        assert self.spool is not None
+        return self.spool / f"{request}.safetensors"
 
     def commit(self, number: int) -> bool:
         """Make round `number`'s memory final; what another, abandoned round left is forgotten. Whether it may have changed."""
@@ -94,7 +110,7 @@ class Desk:
         return next((done.memory for done in reversed(self.done) if done.memory is not None), self.memory)
 
 
-def answer(desks: Sequence[Desk], request: Request) -> list[bytes]:
+def answer(desks: Sequence[Desk], request: Request) -> list[Packed]:
     """Packed replies of these silos to one request, in order; several silos go through the work's cohort function.
 
     A `SiloError` becomes a packed `Failure`, and leaves the memory as it was. Any other exception is a bug and is raised.
@@ -105,7 +121,7 @@ def answer(desks: Sequence[Desk], request: Request) -> list[bytes]:
         work, body = wire.find_work(request.work), wire.unpack(request.body)
         for desk, silo, up in _worked(work, new, request, body):
             keeps = work.__memory__ and not isinstance(up, wire.Failure)
-            replies[desk.name] = reply = wire.pack(up)
+            replies[desk.name] = reply = desk.packed(request, up)
             desk.record(request, reply, silo.memory if keeps else None)
     return [reply for reply in replies.values() if reply is not None]
 

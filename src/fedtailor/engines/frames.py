@@ -13,9 +13,11 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedtailor.errors import FedtailorError
+from fedtailor.packed import LARGE, Packed, Spooled, nameless
 
 HEAD_LIMIT = 64 * 1024
 BODY_LIMIT = 4 * 1024**3  # bytes; a silo may set less
@@ -31,36 +33,44 @@ class Closed(FrameError):
     """The other side went away between two messages, or in the middle of one."""
 
 
-def send(link: socket.socket, head: Mapping[str, Any], body: bytes | memoryview | BinaryIO = b"") -> None:
+def send(link: socket.socket, head: Mapping[str, Any], body: Packed | BinaryIO = b"") -> None:
     """A body in a file is sent from its start, piece by piece: it never lies in memory as a whole."""
     text = json.dumps(head, separators=(",", ":")).encode()
-    if isinstance(body, bytes | memoryview):
+    if isinstance(body, bytes):
         link.sendall(_LENGTHS.pack(len(text), len(body)) + text)
-        if len(body):
+        if body:
             link.sendall(body)
         return
-    size = body.seek(0, os.SEEK_END)
-    body.seek(0)
+    file = (body.file if isinstance(body, Spooled) else body).fileno()
+    size = os.fstat(file).st_size
     link.sendall(_LENGTHS.pack(len(text), size) + text)
-    while piece := body.read(PIECE):
-        link.sendall(piece)
+    for offset in range(0, size, PIECE):  # by offset: several threads may send the same file
+        link.sendall(os.pread(file, PIECE, offset))
 
 
-def receive(link: socket.socket, limit: int = BODY_LIMIT) -> tuple[dict[str, Any], bytes]:
-    """The next message. Raises Closed at its end, FrameError for what must not be read on."""
+def receive(link: socket.socket, limit: int = BODY_LIMIT, spool: Path | None = None) -> tuple[dict[str, Any], Packed]:
+    """The next message; a large body goes to a file without a name in `spool`, if there is one. Raises Closed at its end,
+    FrameError for what must not be read on."""
     head, size = _head(link, limit)
-    return head, _exactly(link, size)
+    if spool is None or size < LARGE:
+        return head, _exactly(link, size)
+    file = nameless(spool)
+    _into(link, file, size)
+    return head, Spooled(file)
 
 
 def receive_into(link: socket.socket, file: BinaryIO, limit: int = BODY_LIMIT) -> tuple[dict[str, Any], int]:
     """As `receive`, but the body goes to a file as it comes. Returns its size."""
     head, size = _head(link, limit)
-    left = size
+    _into(link, file, size)
+    return head, size
+
+
+def _into(link: socket.socket, file: BinaryIO, left: int) -> None:
     while left:
         piece = _exactly(link, min(PIECE, left))
         file.write(piece)
         left -= len(piece)
-    return head, size
 
 
 def _head(link: socket.socket, limit: int) -> tuple[dict[str, Any], int]:

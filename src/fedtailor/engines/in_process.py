@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from fedtailor import progress, wire
 from fedtailor.engines.desk import Desk, Request, answer
 from fedtailor.engines.reach import Arrival, Reach, Record, Traffic
 from fedtailor.faults import Faults
+from fedtailor.packed import Packed
 
 COHORTS = (2, 4, 8, 16, 32)
 GAIN = 1.25  # a larger cohort must be this much faster per silo: its activations cost memory in proportion
@@ -65,6 +66,9 @@ class InProcess:
         self._place = (number, self._place[1] + 1 if self._place[0] == number else 0)
         return self._place[1]
 
+    def packed(self, body: Any) -> Packed:
+        return wire.pack(body)
+
     def carry(self, request: Request, to: tuple[str, ...], deadline: float | None) -> Iterator[Arrival]:
         """In silo order. A pass that took longer than the deadline is counted, and not used."""
         passes = list(self.groups(request, to))
@@ -116,7 +120,7 @@ class InProcess:
             taken = []
             for _ in range(2):  # the first pays for warming up
                 began = time.perf_counter()
-                answer([Desk(d.name, d.data, d.models, d.seed, False, d.memory) for d in desks[:size]], small)
+                answer([replace(d, repeats=False, round=0, done=[]) for d in desks[:size]], small)
                 taken.append(time.perf_counter() - began)
             return min(taken) / size
 

@@ -29,6 +29,7 @@ from fedtailor.engines import frames, nvflare_kit
 from fedtailor.engines.courier import Answer, Head, Link, address
 from fedtailor.engines.nvflare_admin import Admin, Lost, Seen
 from fedtailor.errors import FedtailorError, UserError
+from fedtailor.packed import Packed
 
 log = logging.getLogger("fedtailor.nvflare")
 
@@ -59,7 +60,7 @@ class NVFlare:
         self._pause = 0.0  # until when no job with more members is tried
         self._admin = Admin(self.kit)
 
-    def exchange(self, to: Sequence[str], head: Head, body: bytes, timeout: float) -> Iterator[Answer]:
+    def exchange(self, to: Sequence[str], head: Head, body: Packed, timeout: float) -> Iterator[Answer]:
         end, waiting = time.monotonic() + timeout, list(to)
         if not waiting:
             return
@@ -110,7 +111,7 @@ class NVFlare:
             if time.monotonic() > link.end:
                 raise TimeoutError
             return next((Answer(silo, lost="its site went away") for silo in self._missing(waiting)), None)
-        said, body = frames.receive(link)
+        said, body = frames.receive(link, spool=self.kit / "spool")
         silo = str(said.get("silo"))
         if said.get("kind") != "answer" or said.get("id") != str(self._number) or silo not in waiting:
             return None  # a late answer to an exchange that was given up

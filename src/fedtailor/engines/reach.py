@@ -5,6 +5,8 @@ An engine only carries: `carry(request, to, deadline)` yields what arrived, in a
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,8 +16,9 @@ from fedtailor.core import Reply, Total
 from fedtailor.engines.desk import Request, seed_of
 from fedtailor.errors import RunError
 from fedtailor.faults import Faults
+from fedtailor.packed import Packed
 
-Record = Callable[[str, str, bytes], None]  # silo, "down" or "up", bytes
+Record = Callable[[str, str, Packed], None]  # silo, "down" or "up", what crossed
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Arrival:
     """What came of asking one silo: a packed reply, or why there is none to use."""
 
     silo: str
-    reply: bytes = b""
+    reply: Packed = b""
     missing: str = ""
 
 
@@ -51,6 +54,7 @@ class Carrier(Protocol):
     rejected: list[tuple[int, str, str]]  # round, silo, reason
 
     def next_index(self, number: int) -> int: ...  # of the ask within its round
+    def packed(self, body: Any) -> Packed: ...
     def carry(self, request: Request, to: tuple[str, ...], deadline: float | None) -> Iterator[Arrival]: ...
 
 
@@ -67,11 +71,11 @@ class Reach:
     def __call__(
         self, work: Any, body: Any, *, to: Sequence[str] | None = None, deadline: float | None = None
     ) -> Iterator[Reply[Any]]:
-        request = Request(
-            self.engine.run, self.round, self.engine.next_index(self.round), wire.address(work), wire.pack(body)
-        )
-        wire.find_work(request.work)  # before any silo is asked: closures, methods and unmarked functions are refused
-        return self._checked(request, body, self.silos if to is None else tuple(to), deadline)
+        name = wire.address(work)
+        wire.find_work(name)  # before any silo is asked: closures, methods and unmarked functions are refused
+        packed, index = self.engine.packed(body), self.engine.next_index(self.round)
+        request = Request(self.engine.run, self.round, index, name, packed)
+        return self._checked(request, work, body, self.silos if to is None else tuple(to), deadline)
 
     def total(
         self, work: Any, body: Any, *, to: Sequence[str] | None = None, deadline: float | None = None
@@ -86,9 +90,10 @@ class Reach:
         return Total(summed, summed.weight, tuple(names))
 
     def _checked(
-        self, request: Request, asked: Any, to: tuple[str, ...], deadline: float | None
+        self, request: Request, work: Any, asked: Any, to: tuple[str, ...], deadline: float | None
     ) -> Iterator[Reply[Any]]:
         """Replies that can be used. Others are rejected by name. Raises RunError when none can."""
+        kind = _returned(work)
         used, why, missing = 0, [], dict.fromkeys(to, "no reply arrived")
         replies = self._arrived(request, to, deadline, missing)
         if self.disturbed:
@@ -96,7 +101,7 @@ class Reach:
             replies = self.engine.faults.inject(replies, seed)
         for reply in replies:
             del missing[reply.silo]
-            if (problem := _problem(reply.body, asked)) is not None:
+            if (problem := _problem(reply.body, asked, kind)) is not None:
                 why.append(f"{reply.silo}: {problem}")
                 self.engine.rejected.append((request.round, reply.silo, problem))
                 progress.line(f"round {request.round}: reply of {reply.silo} rejected: {problem}")
@@ -125,9 +130,21 @@ class Reach:
             yield Reply(arrival.silo, body)
 
 
-def _problem(body: Any, asked: Any) -> str | None:
+def _returned(work: Any) -> Any:
+    """The class that a work is written to return; `object` where it does not say so plainly."""
+    try:
+        kind = typing.get_type_hints(work).get("return", object)
+    except NameError:  # a name that is known to type checkers alone
+        return object
+    plain = isinstance(kind, type) or all(isinstance(one, type) for one in typing.get_args(kind) or (kind,))
+    return kind if plain and typing.get_origin(kind) in (None, types.UnionType, typing.Union) else object
+
+
+def _problem(body: Any, asked: Any, kind: Any) -> str | None:
     """Why this body must not be used: the silo failed, or what the body itself checks, or a number that is none."""
     if isinstance(body, wire.Failure):
         return body.error
+    if not isinstance(body, kind):
+        return f"a body of class {type(body).__name__} was not asked for"
     found: str | None = body.problem(asked) if hasattr(body, "problem") else wire.not_finite(body)
     return found

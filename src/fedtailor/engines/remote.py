@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fedtailor import progress, wire
@@ -18,6 +19,7 @@ from fedtailor.engines.reach import Arrival, Reach, Record, Traffic
 from fedtailor.engines.worker import Open, Opened
 from fedtailor.errors import RunError
 from fedtailor.faults import Faults
+from fedtailor.packed import Packed
 
 PAUSE = (0.1, 10.0)  # seconds before a lost message is sent again: the first time, and at most; doubled in between
 
@@ -27,7 +29,10 @@ class Remote:
     """An engine over workers that a courier reaches.
 
     deadline: seconds that one exchange may take, all repeats included. minimum: replies without which a round fails.
-    model_sha256: of the base that all must compute with; "": that of the first silo that opens.
+    patience: seconds that silos which cannot be reached are waited for once all others have answered; for one that missed
+    the exchange before, too, half of them, then a quarter, ..., until it answers again.
+    model_sha256, tokenizer_sha256: of the base that all must compute with; "": those of the first silo that opens.
+    spool: a folder for large bodies.
     """
 
     courier: Courier
@@ -35,12 +40,16 @@ class Remote:
     rounds: int = 1
     deadline: float = 3600.0
     minimum: int = 1
+    patience: float = 120.0
     model_sha256: str = ""
+    tokenizer_sha256: str = ""
+    spool: Path | None = None
     faults: Faults = field(default_factory=Faults)
     record: Record | None = None
     traffic: Traffic = field(default_factory=Traffic)
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
     opened: dict[str, Opened] = field(default_factory=dict)
+    missed: dict[str, int] = field(default_factory=dict)  # exchanges in a row that a silo could not be reached in
 
     def __post_init__(self) -> None:
         self.silos = tuple(self.courier.silos)
@@ -72,6 +81,9 @@ class Remote:
         self._place = (number, self._place[1] + 1 if self._place[0] == number else 0)
         return self._place[1]
 
+    def packed(self, body: Any) -> Packed:
+        return wire.spooled(body, self.spool)
+
     def carry(self, request: Request, to: tuple[str, ...], deadline: float | None) -> Iterator[Arrival]:
         """In silo order, each as soon as those before it are settled."""
         request = replace(request, committed=self._committed)
@@ -88,28 +100,39 @@ class Remote:
             raise RunError(f"round {request.round}: {usable} replies, fewer than engine.minimum = {self.minimum}")
 
     def _gathered(self, request: Request, to: Sequence[str], seconds: float) -> Iterator[Arrival]:
-        """One arrival for each silo. Lost messages are sent again, later and later, until the time is up."""
+        """One arrival for each silo. Lost messages are sent again, later and later, until the time is up, or patience is."""
         end, pause, waiting = time.monotonic() + seconds, PAUSE[0], list(to)
         why: dict[str, str] = {}
         head = {"kind": "ask", "run": request.run, "round": request.round, "index": request.index, "work": request.work,
                 "committed": request.committed}  # fmt: skip
+        settled = 0.0  # since when nothing comes any more but from silos that cannot be reached
         while waiting:
             left = end - time.monotonic()
             if left <= 0:
                 break
-            refused = self._open([silo for silo in waiting if silo not in self.opened], left)
+            refused = self._open([silo for silo in waiting if silo not in self.opened], left, why)
             for silo, reason in refused.items():
                 waiting.remove(silo)
                 yield Arrival(silo, missing=reason)
-            ready = [silo for silo in waiting if silo in self.opened]
+            ready, back = [silo for silo in waiting if silo in self.opened], len(waiting)
             for answer in self.courier.exchange(ready, head, request.body, max(0.001, end - time.monotonic())):
                 self.traffic.down += len(request.body)
                 self._noted(answer.silo, "down", request.body)
                 if (arrival := self._arrival(answer, request, why)) is not None:
                     waiting.remove(answer.silo)
+                    self.missed.pop(answer.silo, None)
                     yield arrival
-            if waiting and end - time.monotonic() > 0:
-                time.sleep(min(pause, max(0.0, end - time.monotonic())))
+            now = time.monotonic()
+            settled = now if len(waiting) < back or not settled else settled
+            # none at all: then it is rather the engine's server that is away, and the whole deadline is its
+            enough = len(to) == 1 or len(to) - len(waiting) >= self.minimum
+            lost = [s for s in waiting if enough and now - settled >= self.patience / 2 ** self.missed.get(s, 0)]
+            for silo in lost:
+                waiting.remove(silo)
+                self.missed[silo] = self.missed.get(silo, 0) + 1
+                yield Arrival(silo, missing=why.get(silo, "it cannot be reached"))
+            if waiting and end - now > 0:
+                time.sleep(min(pause, max(0.0, end - now)))
                 pause = min(2 * pause, PAUSE[1])
         for silo in waiting:
             yield Arrival(silo, missing=why.get(silo, f"no reply within {seconds:.3g} s"))
@@ -131,28 +154,40 @@ class Remote:
             why[answer.silo] = f"answered {kind!r} to another request than this"
         return None
 
-    def _open(self, silos: Sequence[str], seconds: float) -> dict[str, str]:
-        """Tell these silos of the run. Returns why some may not take part."""
+    def _open(self, silos: Sequence[str], seconds: float, why: dict[str, str]) -> dict[str, str]:
+        """Tell these silos of the run. Returns why some may not take part; `why`: why others could not be told."""
         refused: dict[str, str] = {}
         body = wire.pack(self.opening)
         for answer in self.courier.exchange(silos, {"kind": "open"}, body, seconds) if silos else ():
             if answer.lost:
-                continue
-            if answer.head.get("kind") != "opened":
+                why[answer.silo] = answer.lost
+            elif answer.head.get("kind") != "opened":
                 refused[answer.silo] = str(answer.head.get("why"))[:500]
-                continue
-            found = wire.unpack(answer.body)
-            self.model_sha256 = self.model_sha256 or found.model_sha256
-            if found.model_sha256 != self.model_sha256:
-                refused[answer.silo] = (
-                    f"its base model is another one (sha256 {found.model_sha256[:12]}, asked {self.model_sha256[:12]})"
-                )
-                continue
-            self.opened[answer.silo] = found
-        for silo, why in refused.items():
-            progress.line(f"{silo} cannot take part: {why}")
+            elif (problem := self._unlike(answer)) is not None:
+                refused[answer.silo] = problem
+        for silo, reason in refused.items():
+            progress.line(f"{silo} cannot take part: {reason}")
         return refused
 
-    def _noted(self, silo: str, direction: str, body: bytes) -> None:
+    def _unlike(self, answer: Answer) -> str | None:
+        """Why a silo that has opened must not take part all the same."""
+        try:
+            found = wire.unpack(answer.body)
+        except wire.WireError as error:
+            return f"what it opened with cannot be read: {error}"
+        if not isinstance(found, Opened):
+            return f"it opened with a {type(found).__name__}"
+        self.model_sha256 = self.model_sha256 or found.model_sha256
+        self.tokenizer_sha256 = self.tokenizer_sha256 or found.tokenizer_sha256
+        for what, there, here in (
+            ("base model", found.model_sha256, self.model_sha256),
+            ("tokenizer", found.tokenizer_sha256, self.tokenizer_sha256),
+        ):
+            if there != here:
+                return f"its {what} is another one (sha256 {there[:12]}, asked {here[:12]})"
+        self.opened[answer.silo] = found
+        return None
+
+    def _noted(self, silo: str, direction: str, body: Packed) -> None:
         if self.record is not None:
             self.record(silo, direction, body)

@@ -33,6 +33,7 @@ class Site:
     data: Mapping[str, Any] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)  # the experiment's name of a base -> a local folder
     allow: tuple[str, ...] = ()  # packages besides fedtailor whose methods may run here
+    keep_days: Annotated[float, Field(gt=0)] = 90.0  # how long what was learnt of a run that does not go on is kept
     body_limit: Annotated[int, Field(gt=0)] = 4 * 1024**3  # bytes of one message; a larger one is refused unread
 
     def rows(self, asked: Data, settings: Mapping[str, Any], seed: int) -> SiloData:
