@@ -8,7 +8,6 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 
-from disks import no_file_above
 from fedtailor import wire
 from fedtailor.wire import WireError
 
@@ -372,43 +370,3 @@ def test_the_first_tensor_that_is_not_finite_is_named(bad: float) -> None:
     good = torch.tensor([1.0, 3.4e38])
     assert wire.not_finite(Pair(good, {"n": torch.tensor(2**40)})) is None
     assert wire.not_finite(Pair(good, {"n": torch.tensor([0.0, bad], dtype=torch.bfloat16)})) == "right/n"
-
-
-def test_a_file_holds_what_was_packed(tmp_path: Path) -> None:
-    file = tmp_path / "body.safetensors"
-    count = wire.write_file(file, Body({"w": torch.arange(4.0)}))
-    assert file.stat().st_size == count == len(wire.pack(Body({"w": torch.arange(4.0)})))
-    assert same(wire.read_file(file), Body({"w": torch.arange(4.0)}))
-    assert [found.name for found in tmp_path.iterdir()] == ["body.safetensors"]
-
-
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    file = tmp_path / "body.safetensors"
-    wire.write_file(file, Body(1))
-    with no_file_above(1000), pytest.raises(OSError, match="File too large"):
-        wire.write_file(file, Body(torch.zeros(1000)))
-    assert wire.read_file(file) == Body(1)
-    assert [found.name for found in tmp_path.iterdir()] == ["body.safetensors"]
-
-
-def test_a_body_that_cannot_cross_leaves_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "body.safetensors"
-    wire.write_file(file, Body(1))
-    with pytest.raises(WireError):
-        wire.write_file(file, Body(object()))
-    assert wire.read_file(file) == Body(1)
-
-
-def test_a_name_that_cannot_be_replaced_leaves_no_half_file(tmp_path: Path) -> None:
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match="taken"):
-        wire.write_bytes(tmp_path / "taken", b"data")
-    assert [found.name for found in tmp_path.iterdir()] == ["taken"]
-
-
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "body.safetensors"
-    file.write_bytes(PACKED[:-1])
-    with pytest.raises(WireError) as damaged:
-        wire.read_file(file)
-    assert str(damaged.value).startswith(f"{file}: ")
