@@ -4,66 +4,32 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from couriers import SILOS, Straight
 from fedtailor import data, experiment, models, wire
 from fedtailor.baselines import Bare
 from fedtailor.engines import remote
 from fedtailor.engines.courier import Answer
 from fedtailor.engines.in_process import InProcess
 from fedtailor.engines.remote import Remote
-from fedtailor.engines.site import Site
-from fedtailor.engines.worker import Open, Opened, Worker
+from fedtailor.engines.worker import Open, Opened
 from fedtailor.errors import RunError
 from fedtailor.evaluate import Evaluate, evaluate
 from fedtailor.experiment import Experiment
 from fedtailor.generations import Generations
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
-SILOS = ("cafe", "clinic", "shop")
 
 
 def asked(*sets: str) -> Experiment:
     return experiment.load(TINY, ["rounds=3", "method.optimizer_state=keep", "engine.cohort=1", *sets])
-
-
-@dataclass
-class Straight:
-    """A courier that calls the workers; `fate(silo)` says what becomes of each message."""
-
-    folder: Path
-    fate: Any = lambda silo: "fine"
-    silos: tuple[str, ...] = SILOS
-    workers: dict[str, Worker] = field(default_factory=dict)
-    sent: list[tuple[str, str]] = field(default_factory=list)
-
-    def worker(self, silo: str) -> Worker:
-        if silo not in self.workers:
-            (self.folder / silo).mkdir(parents=True, exist_ok=True)
-            self.workers[silo] = Worker(Site(silo, self.folder / silo))
-        return self.workers[silo]
-
-    def exchange(self, to: Sequence[str], head: Mapping[str, Any], body: bytes, timeout: float) -> Iterator[Answer]:
-        for silo in reversed(to):  # not in order: the engine puts them in order
-            self.sent.append((silo, head["kind"]))
-            fate = self.fate(silo)
-            if fate == "never arrives":
-                yield Answer(silo, lost="lost on the way there")
-                continue
-            if fate == "twice":
-                self.worker(silo).handle(head, body)
-            answer = self.worker(silo).handle(head, body)
-            if fate == "dies after":
-                del self.workers[silo]
-            yield Answer(silo, lost="lost on the way back") if fate == "reply lost" else Answer(silo, *answer)
-            if fate == "dies":
-                del self.workers[silo]
 
 
 def engine(courier: Any, of: Experiment, run: str = "run", **more: Any) -> Remote:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtailor import runs, wire
+from couriers import Straight
+from fedtailor import experiment, runs, wire
+from fedtailor.engines.courier import Answer
 from fedtailor.errors import RunError
 from fedtailor.generations import Generations
+from fedtailor.packed import Packed
 from fedtailor.seeds import Recorder
 from tiny_runs import FEDERATED, TINY, asked, conduct
 
@@ -171,3 +175,23 @@ def test_every_row_tells_what_evaluation_sent(whole: tuple[Path, dict[str, Any]]
     for row in whole[1]["rows"].values():
         assert row["evaluation_bytes_up"] > 0
         assert row["evaluation_bytes_down"] > 0
+
+
+@dataclass
+class NoTests(Straight):
+    """shop answers while it trains, and never once it is tested."""
+
+    def exchange(self, to: Sequence[str], head: Mapping[str, Any], body: Packed, timeout: float) -> Iterator[Answer]:
+        tested = "/test/" in str(head.get("run"))
+        yield from super().exchange([silo for silo in to if not tested or silo != "shop"], head, body, timeout)
+        if tested and "shop" in to:
+            yield Answer("shop", lost="its site went away")
+
+
+def test_a_silo_that_is_missing_from_the_test_figures_is_named_in_the_row(tmp_path: Path) -> None:
+    asked_for = ["rounds=1", 'rows=["zero_shot", "federated"]', 'data.labels=["bad", "good"]', "engine.patience=0"]
+    one = runs.begin(experiment.load(TINY, asked_for), tmp_path / "run", "", NoTests(tmp_path / "silos"))
+    rows = one.conduct()["rows"]
+    for row in ("zero_shot", "federated"):
+        assert rows[row]["rejected"] == {"shop: its test rows are not in the figures: its site went away": 1}
+        assert sorted(rows[row]["accuracy"]["per_silo"]) == ["cafe", "clinic"]

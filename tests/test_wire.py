@@ -165,6 +165,16 @@ def test_names_that_share_a_storage_cross_as_tensors_of_their_own() -> None:
     assert torch.equal(back["seen"][0], whole.view(2, 3))
 
 
+def test_parts_of_one_storage_cross_without_a_copy_of_them_all() -> None:
+    whole = torch.arange(10.0)
+    parts = {"left": whole[:5], "right": whole[5:], "middle": whole[3:7], "none": whole[4:4]}
+    sent = wire.tensors_of(Body(parts))
+    shared = {name for name, part in sent.items() if part.untyped_storage().data_ptr() == whole.data_ptr()}
+    assert shared == {"value/left", "value/right"}, "the other two lie over these"
+    came = wire.unpack(wire.pack(Body(parts))).value
+    assert {name: part.tolist() for name, part in came.items()} == {name: part.tolist() for name, part in parts.items()}
+
+
 def test_what_was_packed_does_not_change_with_its_source() -> None:
     t = torch.ones(2)
     packed = wire.pack(Body(t))

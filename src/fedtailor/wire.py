@@ -225,8 +225,8 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         while name in tensors:  # "a/b" may be one key, or two
             name += "'"
         tensor = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        # safetensors refuses two names on one storage; a tied weight is sent once a name
-        if any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values()):
+        # safetensors refuses two names on one memory; a tied weight is sent once a name
+        if not tensor.numel() or any(_overlap(tensor, other) for other in tensors.values()):
             tensor = tensor.clone()
         tensors[name] = tensor
         return {"$tensor": name}
@@ -245,6 +245,10 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_encode(item, f"{place}/{i}", tensors) for i, item in enumerate(value)]
     raise WireError(f"{here}: a {type(value).__name__} cannot cross; use tensors, numbers, texts, lists, dicts")
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() < other.data_ptr() + other.nbytes and other.data_ptr() < one.data_ptr() + one.nbytes
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
