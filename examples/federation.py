@@ -2,7 +2,8 @@
 
     python examples/federation.py experiments/tiny.toml --silo cafe --silo clinic --silo shop --set 'data.labels=["bad", "good"]'
 
-What docs/federation.md does between organisations, with the same commands. Needs fedtailor[nvflare].
+What docs/federation.md does between organisations, with the same commands. `--silo NAME=ROWS` gives a silo a file of its own;
+without, it takes its rows from the experiment's data. Needs fedtailor[nvflare].
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ FEDTAILOR = [sys.executable, "-c", "from fedtailor.cli import main; main()"]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("--silo", action="append", required=True, dest="silos")
+    parser.add_argument("--silo", action="append", required=True, dest="silos", metavar="NAME[=ROWS]")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--out", type=Path, help="the run's folder")
     given = parser.parse_args()
+    rows = {name: source for name, _, source in (silo.partition("=") for silo in given.silos)}
     with tempfile.TemporaryDirectory(prefix="ft") as folder:  # a short path: sockets lie in it
         kits = Path(folder) / "kits"
         init = ["federation", "init", str(kits), "--server", f"localhost:{free_port()}"]
-        subprocess.run([*FEDTAILOR, *init, *(f"--silo={silo}" for silo in given.silos)], check=True)
+        subprocess.run([*FEDTAILOR, *init, *(f"--silo={silo}" for silo in rows)], check=True)
         running = [start(kits / "server", "server")]
-        running += [start(kits / silo, "silo") for silo in given.silos]
+        running += [start(kits / silo, "silo", *([f"--data={source}"] if source else [])) for silo, source in rows.items()]
         try:
             run = ["run", str(given.experiment), "--federation", str(kits / "server"), *(f"--set={s}" for s in given.sets)]
             run += [f"--out={given.out}"] if given.out else []
@@ -42,10 +44,10 @@ def main() -> int:
                 process.wait()
 
 
-def start(kit: Path, what: str) -> subprocess.Popen[bytes]:
-    """`fedtailor server KIT` or `fedtailor silo KIT`, its log in the kit."""
+def start(kit: Path, what: str, *more: str) -> subprocess.Popen[bytes]:
+    """`fedtailor server KIT` or `fedtailor silo KIT --data ROWS`, its log in the kit."""
     with (kit / "process.log").open("w") as log:
-        return subprocess.Popen([*FEDTAILOR, what, str(kit)], stdout=log, stderr=log)
+        return subprocess.Popen([*FEDTAILOR, what, str(kit), *more], stdout=log, stderr=log)
 
 
 def free_port() -> int:

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "experiments" / "tiny.toml"
 
 
+LABELLED = 'data.labels=["bad", "good"]'  # over a federation, no one reads all rows
+
+
 FEDERATED = ("--set", 'rows=["federated"]')
 
 

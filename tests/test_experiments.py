@@ -16,6 +16,7 @@ from fedtailor import cli, experiment
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.toml"))
 DOCUMENTS = [*ROOT.glob("[A-Z]*.md"), *ROOT.glob("docs/*.md")]
+UNITS = [*ROOT.glob("examples/systemd/*.service"), ROOT / "examples" / "Containerfile"]
 COMMANDS: Any = typer.main.get_command(cli.app)
 
 
@@ -99,6 +100,15 @@ def test_a_document_tells_of_commands_that_exist(document: Path) -> None:
             for file in files:
                 assert file.is_file(), f"{document.name}: {shlex.join(one)}"
                 experiment.load(file, sets(one))
+
+
+@pytest.mark.parametrize("file", UNITS, ids=lambda file: file.name)
+def test_a_unit_and_the_container_start_commands_that_exist(file: Path) -> None:
+    text = re.sub(r'[",\[\]]+', " ", file.read_text(encoding="utf-8"))
+    told = re.findall(r"(?:ExecStart=\S*/|CMD\s+|: (?:sudo|podman)\b.*[ /])fedtailor ([^.\n]+)", text)
+    assert told
+    for line in told:
+        command(shlex.split(line))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)

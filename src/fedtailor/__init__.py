@@ -5,6 +5,7 @@
     result = fedtailor.run("experiments/tiny.toml", sets=["method.lr=0.02"], out="runs/mine")
     print(result["rows"]["federated"]["accuracy"]["mean"])
 
+Over silos elsewhere (docs/federation.md): `fedtailor.run("urgency.toml", federation="kits/server")`.
 The other commands: `fedtailor.report.write(folder)` and `.markdown(result)`, `find.methods()`, `models.listing()` and
 `models.folder(name)`, `demo.names()` and `demo.fetch(name)`, `chatting.talk(folder, console, ...)`.
 """
@@ -24,14 +25,17 @@ def run(
     seed: int | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    federation: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Run an experiment file, or go on with the run of a folder. Returns the result, which is in the folder too."""
+    """Run an experiment file, or go on with the run of a folder. Returns the result, which is in the folder too.
+
+    `federation`: the server's kit, for a run over silos elsewhere.
+    """
     from fedtailor import report, runs
 
-    paths = (None if path is None else Path(path) for path in (file, resume, out))
-    begun, resumed, folder = paths
-    one = runs.start(begun, resumed, sets, seed, folder, "from Python")
-    result = one.conduct()
+    kit, begun, resumed, folder = (None if path is None else Path(path) for path in (federation, file, resume, out))
+    with runs.over(kit, begun, resumed, sets, seed, folder, "from Python") as one:
+        result = one.conduct()
     report.write(one.folder)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -15,19 +16,25 @@ from fedtailor.experiment import Experiment, drawn
 from fedtailor.preparing import prepare
 
 
-def show(experiment: Experiment, out: Console) -> None:
-    """Print silos, rows, and per silo the tensors and bytes of a round. Raises UserError for whatever cannot run."""
-    loaded, resident = prepare(experiment)
+def show(experiment: Experiment, out: Console, afar: Sequence[str] = ()) -> None:
+    """Print silos, rows, and per silo the tensors and bytes of a round. Raises UserError for whatever cannot run.
+
+    `afar`: silos that keep their rows themselves; `fedtailor doctor` looks at them there.
+    """
+    loaded, resident = prepare(experiment, afar)
     method = experiment.method
     body = method.example(resident, len(_labels(loaded.silos))) if hasattr(method, "example") else None
+    if afar:
+        out.print(f"silos, each with rows of its own: {', '.join(afar)}", markup=False, highlight=False, soft_wrap=True)
     table = Table("silo", "train", "val", "test", "dropped", title="rows")
-    for name, rows in loaded.silos.items():
+    for name, rows in () if afar else loaded.silos.items():
         table.add_row(
             escape(name),
             *(str(len(part)) for part in (rows.train, rows.val, rows.test)),
             str(loaded.dropped.get(name, 0)),
         )
-    out.print(table)
+    if not afar:
+        out.print(table)
     if body is None:
         out.print(f"{type(method).__name__} does not say what leaves a silo", highlight=False)
         return

@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedtailor.federating import app as federation_app
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 app = typer.Typer(
@@ -23,7 +25,6 @@ app = typer.Typer(
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Demo data: real datasets out of packages.")
 models_app = typer.Typer(no_args_is_help=True, help="Base models that travel in packages.")
-federation_app = typer.Typer(no_args_is_help=True, help="Federations between machines.")
 app.add_typer(data_app, name="data")
 app.add_typer(federation_app, name="federation")
 app.add_typer(models_app, name="models")
@@ -64,10 +65,9 @@ def run(
 ) -> None:
     """Run an experiment: all its rows, then a table, a report page and the adapter."""
     from fedtailor import report, runs
-    from fedtailor.engines import courier
 
-    with contextlib.nullcontext() if federation is None else courier.of(federation) as reached:
-        one = runs.start(file, resume, sets or [], seed, folder, "fedtailor " + shlex.join(sys.argv[1:]), reached)
+    command = "fedtailor " + shlex.join(sys.argv[1:])
+    with runs.over(federation, file, resume, sets or [], seed, folder, command) as one:
         err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
         result = _conducted(one, "" if federation is None else f" --federation {shlex.quote(str(federation))}")
     page = report.write(one.folder)
@@ -87,12 +87,16 @@ def _conducted(one: Any, over: str) -> dict[str, Any]:
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="the experiment, a TOML file")], sets: Set = None, seed: SeedOption = None
-) -> None:
+    file: Annotated[Path, typer.Argument(help="the experiment, a TOML file")], sets: Set = None, seed: SeedOption = None,
+    federation: Annotated[Path | None, typer.Option("--federation", help="over silos elsewhere: the server's kit")] = None,
+) -> None:  # fmt: skip
     """Validate an experiment with its data and model, and list what will leave each silo. Nothing is trained."""
     from fedtailor import checking, experiment
+    from fedtailor.engines import courier
 
-    checking.show(experiment.load(file, sets or [], seed), out)
+    with contextlib.nullcontext() if federation is None else courier.of(federation) as reached:
+        afar = () if reached is None else reached.silos
+    checking.show(experiment.load(file, sets or [], seed), out, afar)
 
 
 @app.command()
@@ -175,6 +179,8 @@ def init_federation(
     for who, kit in kits.items():
         command = f"fedtailor server {kit}" if who == "server" else f"fedtailor silo {kit} --data ROWS.jsonl"
         out.print(f"{who}: {kit}  (there: {command})", markup=False, highlight=False, soft_wrap=True)
+    told = f"authority: {folder / 'authority'}  (signs what is made later; keep it off the network)"
+    out.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -209,35 +215,44 @@ def silo(
 
 
 @app.command()
-def doctor(kit: Annotated[Path, typer.Argument(help="a server's or a silo's kit")]) -> None:
+def doctor(
+    kit: Annotated[Path, typer.Argument(help="a server's or a silo's kit")],
+    file: Annotated[Path | None, typer.Option("--experiment", help="look at its base model, and at a silo's rows, too")] = None,
+    rows: Annotated[Path | None, typer.Option("--data", help="a silo's rows, as for `fedtailor silo`")] = None,
+) -> None:
     """Look at what may keep a kit from working, and say how to mend it. Exit code 1 when something is wrong."""
     from fedtailor.engines import doctor as looking
 
-    found = list(looking.findings(kit))
-    for one in found:
-        out.print(f"{'ok ' if one.fine else 'BAD'} {one.what}: {one.told}", markup=False, highlight=False, soft_wrap=True)
-    if not all(one.fine for one in found):
+    asked = None
+    if file is not None:
+        from fedtailor import experiment
+
+        asked = experiment.load(file)
+    fine = True
+    for one in looking.findings(kit, asked, None if rows is None else str(rows)):
+        mark = {True: "ok ", False: "BAD", None: "?  "}[one.fine]
+        out.print(f"{mark} {one.what}: {one.told}", markup=False, highlight=False, soft_wrap=True)
+        fine = fine and one.fine is not False
+    if not fine:
         raise typer.Exit(1)
 
 
 @app.command()
 def status(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
-    """Which silos are connected to a federation's server, and when each was last seen."""
-    import time
-
-    from fedtailor.engines import nvflare_admin, nvflare_kit
+    """The run over a federation and its round; each silo's versions, and when it was last seen and last answered."""
+    from fedtailor.engines import nvflare_admin, nvflare_kit, standing
     from fedtailor.errors import RunError
 
     nvflare_kit.needed()
-    silos = nvflare_kit.about(kit, "server")["silos"]
+    silos, lost = nvflare_kit.about(kit, "server")["silos"], None
     try:
-        here = nvflare_admin.look(kit)
+        here = {silo: one.seen for silo, one in nvflare_admin.look(kit).items()}
     except nvflare_admin.Lost as error:
-        raise RunError(str(error)) from error
-    for silo in silos:
-        seen = here.get(silo)
-        told = "not connected" if seen is None else f"last seen {max(0.0, time.time() - seen.seen):.0f} s ago"
-        out.print(f"{silo}: {told}", markup=False, highlight=False, soft_wrap=True)
+        here, lost = None, error
+    for line in standing.lines(kit, silos, here):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if lost is not None:
+        raise RunError(str(lost))
 
 
 @app.command(hidden=True)

@@ -21,6 +21,7 @@ import torch
 
 from fedtailor import __version__, models, wire
 from fedtailor import data as rows_of
+from fedtailor.engines import courier, standing
 from fedtailor.engines.courier import Courier
 from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment, as_table, load, parse
@@ -75,6 +76,13 @@ class Run:
     def rows(self) -> list[str]:
         """The rows that can be had: baselines pool what silos hold, so over a federation there are none but zero-shot."""
         return [row for row in self.experiment.rows if not self.courier or row in ("zero_shot", "federated")]
+
+    @property
+    def model_sha256(self) -> str:
+        """Of the base, as far as it is known before `conduct`."""
+        file = self.folder / "plan.json"
+        plan = read_json(file) if file.exists() else {}
+        return self.prepared[1].sha256 if self.prepared else str(plan.get("sha256", {}).get("model", ""))
 
     def planned(self, plan: Mapping[str, int]) -> None:
         self.plan["cohort"] = dict(plan)
@@ -188,6 +196,23 @@ def start(
         return resume(resumed, asked, courier)
     assert asked is not None
     return begin(asked, out, command, courier)
+
+
+@contextlib.contextmanager
+def over(
+    federation: Path | None, file: Path | None, resumed: Path | None, sets: Sequence[str], seed: int | None, out: Path | None,
+    command: str,
+) -> Iterator[Run]:  # fmt: skip
+    """As `start`; `federation`: a server's kit, whose courier is held meanwhile, and which the run's standing is kept in."""
+    if federation is None:
+        yield start(file, resumed, sets, seed, out, command)
+        return
+    kit = federation if federation.is_dir() else federation.parent
+    with courier.of(federation) as reached:
+        one = start(file, resumed, sets, seed, out, command, reached)
+        folder, rounds = str(one.folder.resolve()), one.experiment.rounds
+        with standing.Noted(reached, kit, folder, rounds, one.model_sha256) as one.courier:
+            yield one
 
 
 def resume(folder: Path, asked: Experiment | None = None, courier: Courier | None = None) -> Run:

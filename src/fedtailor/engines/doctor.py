@@ -1,6 +1,6 @@
 """What may keep a kit from working, looked at from where it lies: each finding says how it is, and how to mend it.
 
-    findings(kit) -> [Finding("certificate", True, "valid until 2027-11-25"), ...]
+    findings(kit) -> Finding("certificate", True, "client.crt is valid until 2027-11-25"), ...
 
 Nothing is started and nothing is changed; only the address that the kit names is connected to.
 """
@@ -11,14 +11,21 @@ import datetime
 import importlib.metadata
 import shutil
 import socket
+import ssl
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedtailor import __version__
-from fedtailor.engines import courier, nvflare_kit
-from fedtailor.errors import UserError
+from fedtailor.engines import courier, nvflare_kit, standing
+from fedtailor.errors import FedtailorError, UserError
+
+if TYPE_CHECKING:  # they bring torch in, which is looked at only where an experiment is named
+    from fedtailor.engines.site import Site
+    from fedtailor.experiment import Experiment
+    from fedtailor.models import Base, Resident
 
 SOON = 30  # days before its end that a certificate is named
 ROOM = 5 * 10**9  # bytes: a base model, memories and spooled messages
@@ -28,22 +35,32 @@ WAIT = 5.0  # seconds for a connection
 @dataclass(frozen=True)
 class Finding:
     what: str
-    fine: bool
+    fine: bool | None  # None: it may be, and cannot be told from here
     told: str  # how it is; where it is not fine, what to do
 
 
-def findings(kit: Path) -> Iterator[Finding]:
-    """Of a server's or a silo's kit. Raises UserError where it is neither."""
+def findings(kit: Path, asked: Experiment | None = None, source: str | None = None) -> Iterator[Finding]:
+    """Of a server's or a silo's kit. Raises UserError where it is neither.
+
+    asked: its base model is loaded, and a silo's rows are read as it asks. source: a silo's rows, as given to its worker.
+    """
     kind = "server" if (kit / "federation.toml").exists() else "silo"
     about = nvflare_kit.about(kit, kind)
     yield _engine()
+    yield _versions()
     yield _owners_alone(kit)
     yield _disk(kit)
     yield from _certificate(kit)
     host, _, port = about["server"].rpartition(":")
-    yield _server(host, int(port), kit if kind == "server" else None)
-    if kind == "silo":
-        yield _worker(kit, about["silo"])
+    if kind == "server":
+        yield from _own_server(kit, host, int(port))
+        yield from _silos(kit, about["silos"])
+        if asked is not None:
+            yield _model(asked.model)[0]
+        return
+    yield _server(host, int(port), kit)
+    yield _worker(kit, about["silo"])
+    yield from _silos_own(kit, asked, source)
 
 
 def _engine() -> Finding:
@@ -53,6 +70,12 @@ def _engine() -> Finding:
         return Finding("engine", False, "NVFlare is not installed; pip install 'fedtailor[nvflare]'")
     fine = version.startswith("2.9.")
     return Finding("engine", fine, f"NVFlare {version}" + ("" if fine else "; needs 2.9: pip install 'fedtailor[nvflare]'"))
+
+
+def _versions() -> Finding:
+    others = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft")]
+    told = f"fedtailor {__version__}, which must be the same everywhere; {', '.join(others)}: their first two numbers"
+    return Finding("versions", True, told)
 
 
 def _owners_alone(kit: Path) -> Finding:
@@ -81,21 +104,74 @@ def _certificate(kit: Path) -> Iterator[Finding]:
             yield Finding("certificate", False, f"{told}; set this clock right")
         elif now > end - datetime.timedelta(days=SOON):
             told = f"{file.name} {'ended' if now > end else 'ends'} on {end:%Y-%m-%d}"
-            yield Finding("certificate", now <= end, f"{told}; have new kits made with `fedtailor federation init`")
+            mend = "who holds authority/ makes new ones: `fedtailor federation renew KITS`"
+            yield Finding("certificate", now <= end, f"{told}; {mend}")
         else:
             yield Finding("certificate", True, f"{file.name} is valid until {end:%Y-%m-%d}")
 
 
-def _server(host: str, port: int, kit: Path | None) -> Finding:
-    """`kit`: the server's own, when it lies on this machine."""
+def _own_server(kit: Path, host: str, port: int) -> Iterator[Finding]:
+    """Whether it runs here, and then whether the name that silos are given leads to it."""
     try:
-        with socket.create_connection(("127.0.0.1" if kit else host, port), WAIT):
-            return Finding("server", True, f"{host}:{port} answers")
+        socket.create_connection(("127.0.0.1", port), WAIT).close()
+    except OSError as error:
+        yield Finding("server", False, f"port {port}: {error.strerror or error}; start `fedtailor server {kit}`")
+        return
+    yield Finding("server", True, f"port {port} answers")
+    found = _server(host, port, kit / "admin")
+    if found.fine:
+        yield Finding("address", True, found.told)
+    else:  # not every router leads back to itself
+        told = f"from here: {found.told}"
+        yield Finding("address", None, f"{told}; what counts is how silos see it: there, `fedtailor doctor KIT`")
+
+
+def _server(host: str, port: int, kit: Path) -> Finding:
+    """Whether who answers at this address is the server of this kit's federation."""
+    try:
+        with socket.create_connection((host, port), WAIT) as link:
+            _greeted(link, host, kit / "startup")
+        return Finding("server", True, f"{host}:{port} answers, and is this federation's")
     except socket.gaierror as error:
         return Finding("server", False, f"{host}: {error.strerror}; mend the name in your DNS, or in /etc/hosts")
+    except FileNotFoundError:
+        return Finding("server", False, f"{kit / 'startup'} is not whole; ask for this kit again")
+    except ssl.SSLCertVerificationError as error:
+        told = f"{host}:{port} shows a certificate that this kit does not trust ({error.verify_message})"
+        mend = "it is another federation's, or this kit is older than that server's: ask its owner"
+        return Finding("server", False, f"{told}; {mend}")
+    except ssl.SSLError as error:
+        told = f"{host}:{port} is no server of a federation ({error.reason})"
+        return Finding("server", False, f"{told}; find out what listens there, and mind proxies in between")
     except OSError as error:
-        mend = f"start `fedtailor server {kit or 'KIT'}`" + ("" if kit else " there, and open this port in its firewall")
+        mend = "start `fedtailor server KIT` there, and open this port in its firewall"
         return Finding("server", False, f"{host}:{port}: {error.strerror or error}; {mend}")
+
+
+def _greeted(link: socket.socket, host: str, startup: Path) -> None:
+    """A TLS greeting as the engine's, which shows who the other side is. Raises OSError, SSLError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(startup / "rootCA.pem")
+    context.load_cert_chain(startup / "client.crt", startup / "client.key")
+    context.set_alpn_protocols(["h2"])
+    context.wrap_socket(link, server_hostname=host).close()
+
+
+def _silos(kit: Path, silos: Sequence[str]) -> Iterator[Finding]:
+    """What the last run learnt of them."""
+    known = standing.read(kit) or {"silos": {}}
+    for silo in silos:
+        one = known["silos"].get(silo, {})
+        torch = importlib.metadata.version("torch")
+        for name, here, parts in (("fedtailor", __version__, None), ("torch", torch, 2)):
+            there = one.get(name, here)
+            if there.split(".")[:parts] != here.split(".")[:parts]:
+                told = f"{silo} has {name} {there}, and here it is {here}"
+                yield Finding("versions", False, f"{told}; install the same on both sides")
+        if standing.another_base(known, silo):
+            its, ours = one["model_sha256"][:12], known["model_sha256"][:12]
+            told = f"{silo} had another base than the last run (sha256 {its}, not {ours})"
+            yield Finding("model", False, f"{told}; compare with what `fedtailor doctor KIT --experiment FILE` says there")
 
 
 def _worker(kit: Path, silo: str) -> Finding:
@@ -110,3 +186,53 @@ def _worker(kit: Path, silo: str) -> Finding:
         told = f"runs fedtailor {answer.head.get('fedtailor')}, and {__version__} is installed"
         return Finding("worker", False, f"{told}; start it anew")
     return Finding("worker", True, f"answers, fedtailor {__version__}")
+
+
+def _silos_own(kit: Path, asked: Experiment | None, source: str | None) -> Iterator[Finding]:
+    """Its settings, its base model and its rows: what is said here stays here."""
+    from fedtailor.engines import site
+
+    try:
+        own = site.read(kit / "silo.toml", source)
+    except UserError as error:
+        yield Finding("silo.toml", False, str(error))
+        return
+    resident = None
+    if asked is not None:
+        found, resident = _model(own.base(asked.model))
+        yield found
+    yield _rows(own, asked, resident)
+
+
+def _model(base: Base) -> tuple[Finding, Resident | None]:
+    from fedtailor import models
+
+    try:
+        resident = models.load(base)
+    except FedtailorError as error:
+        return Finding("model", False, str(error)), None
+    dtype = str(resident.module.dtype).removeprefix("torch.")
+    hashes = f"sha256 {resident.sha256[:12]}, tokenizer {resident.tokenizer_sha256[:12]}"
+    told = f"{base.name} as {dtype}: {hashes}; both must be the same everywhere"
+    if base.dtype == "auto":
+        told += f'; where another processor takes another dtype, write dtype = "{dtype}" into [model]'
+    return Finding("model", True, told), resident
+
+
+def _rows(own: Site, asked: Experiment | None, resident: Resident | None) -> Finding:
+    from fedtailor import preparing, sources
+
+    source = own.data.get("source")
+    try:
+        if asked is not None:
+            rows = own.rows(asked.data, asked.silo.get(own.name, {}), asked.seeds[0])
+            if resident is not None:
+                preparing.fits(resident, {own.name: rows}, taken=getattr(asked.method, "virtual_tokens", 0))
+            counts = f"{len(rows.train)} rows to train on, {len(rows.val)} to validate, {len(rows.test)} to test"
+            return Finding("data", True, f"{counts}; each fits the experiment")
+        if source is None:
+            return Finding("data", None, "silo.toml names no rows; --data ROWS looks at them, --experiment FILE at how they fit")
+        table = sources.read(source, config=own.data.get("config", ""), revision=own.data.get("revision", ""))
+        return Finding("data", True, f"{table.name}: {len(table.rows)} rows with {', '.join(table.columns)}")
+    except FedtailorError as error:
+        return Finding("data", False, str(error))

@@ -247,12 +247,15 @@ def serve_server(kit: Path) -> None:
             trial.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port}: {error.strerror}; end what listens there (`ss -ltnp` shows it)") from None
+    log.info("the server of this federation starts at port %d; Ctrl-C ends it", port)
     _serve(kit, "server", "nvflare.private.fed.app.server.server_train", "fed_server.json", [])
 
 
 def serve_client(kit: Path) -> None:
     """Keep the engine's client of this silo running, until SIGTERM or SIGINT."""
-    silo = nvflare_kit.about(kit, "silo")["silo"]
+    about = nvflare_kit.about(kit, "silo")
+    silo = about["silo"]
+    log.info("connecting to %s; `fedtailor doctor %s` tells whether that goes well", about["server"], kit)
     _serve(kit, "silo", "nvflare.private.fed.app.client.client_train", "fed_client.json", [f"uid={silo}"])
 
 

@@ -1,7 +1,7 @@
 """Kits of a federation over NVFlare: a folder for the server, one for each silo, with certificates and strict rules.
 
-Who holds a kit is that participant: hand each silo its own folder by a trusted way. `authority/` signs the kits of silos
-that join later: keep it off the network. The rules are in each kit's local/ folder and are enforced by its owner: no job
+Who holds a kit is that participant: hand each silo its own folder by a trusted way. `authority/` signs what is made later
+(`nvflare_members`): keep it off the network. The rules are in each kit's local/ folder and are enforced by its owner: no job
 may carry code, no class may be named but ours, no shell commands, no log leaves a silo, no file outside the kit.
 """
 
@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ ORG = "fedtailor"
 RESERVED = ("admin", "authority", "server")  # folders of ours, and the name by which a silo knows its server
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 HOST = re.compile(r"(?=.{1,63}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
+PLAIN = "letters, digits, - and _ only, 50 at most, a letter or digit first"
 CLASSES = {  # all that a job may name, on each side
     "server": ("fedtailor.engines.nvflare_ends.ServerEnd", "nvflare.collab.runtime.controller.CollabController"),
     "silo": ("fedtailor.engines.nvflare_ends.SiloEnd", "nvflare.collab.runtime.executor.CollabExecutor"),
@@ -55,7 +57,7 @@ def init(folder: Path, name: str, server: str, silos: Sequence[str], days: int =
     making = folder / ".making"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        made = _provisioned(making, name, host, port, silos, days)
+        made = provisioned(making, name, host, port, silos, days)
         (made / host / "admin").mkdir()
         for part in ("startup", "local"):
             shutil.move(made / ADMIN / part, made / host / "admin" / part)
@@ -63,8 +65,7 @@ def init(folder: Path, name: str, server: str, silos: Sequence[str], days: int =
         (made / host / "federation.toml").write_text('engine = "nvflare"\n', encoding="utf-8")
         (made / host / "federation.toml").chmod(0o600)
         for silo in silos:
-            (made / silo / "silo.toml").write_text(f'name = "{silo}"\n{SITE}', encoding="utf-8")
-            _harden(made / silo, "silo", {"name": name, "silo": silo, "server": server})
+            silos_kit(made / silo, name, silo, server)
         shutil.move(making / name / "state", folder / "authority")
         (folder / "authority").chmod(0o700)
         (folder / "authority" / "cert.json").chmod(0o600)
@@ -87,6 +88,12 @@ def about(kit: Path, kind: str) -> dict[str, Any]:
     return found
 
 
+def silos_kit(made: Path, name: str, silo: str, server: str) -> None:
+    """Turn what NVFlare made for a silo into a kit of ours."""
+    (made / "silo.toml").write_text(f'name = "{silo}"\n{SITE}', encoding="utf-8")
+    _harden(made, "silo", {"name": name, "silo": silo, "server": server})
+
+
 def settle(kit: Path, kind: str) -> None:
     """Point the engine's storage into the kit, where it lies now: NVFlare takes absolute paths alone."""
     if kind == "server":
@@ -96,7 +103,7 @@ def settle(kit: Path, kind: str) -> None:
         for component in table["components"]:
             if component["id"] == "job_manager":
                 component["args"]["uri_root"] = str(kit / "jobs")
-        _write(file, table)
+        write(file, table)
 
 
 def worker_socket(kit: Path) -> Path:
@@ -108,17 +115,12 @@ def worker_socket(kit: Path) -> Path:
 
 def _checked(folder: Path, name: str, server: str, silos: Sequence[str], days: int) -> tuple[str, int]:
     host, _, port = server.rpartition(":")
-    errors = []
+    errors = bad_names(silos, host)
     if not HOST.fullmatch(host) or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         errors.append(f"server = {server!r}: must be HOST:PORT as the silos reach it, for instance fl.example.org:8002")
     if not silos:
         errors.append("no silo is named; name one at least")
-    for what, one in [("name", name), *(("silo", silo) for silo in silos)]:
-        if not NAME.fullmatch(one):
-            errors.append(f"{what} = {one!r}: letters, digits, - and _ only, 50 at most, a letter or digit first")
-    low = [silo.lower() for silo in silos]
-    errors += [f"silo = {silo!r}: reserved; choose another name" for silo in silos if silo.lower() in (*RESERVED, host.lower())]
-    errors += [f"silo = {one!r}: named more than once; names differ by more than case" for one in {*low} if low.count(one) > 1]
+    errors += [f"name = {name!r}: {PLAIN}"] if not NAME.fullmatch(name) else []
     if days < 1:
         errors.append(f"days = {days}: certificates must be valid for a day at least")
     if folder.exists() and any(folder.iterdir()):
@@ -128,8 +130,22 @@ def _checked(folder: Path, name: str, server: str, silos: Sequence[str], days: i
     return host, int(port)
 
 
-def _provisioned(work: Path, name: str, host: str, port: int, silos: Sequence[str], days: int) -> Path:
-    """NVFlare's own kits, as it makes them."""
+def bad_names(silos: Sequence[str], host: str, taken: Collection[str] = ()) -> list[str]:
+    """One line for each name that no new silo may have."""
+    low = [silo.lower() for silo in silos]
+    errors = [f"silo = {silo!r}: {PLAIN}" for silo in silos if not NAME.fullmatch(silo)]
+    errors += [f"silo = {silo!r}: reserved; choose another name" for silo in silos if silo.lower() in (*RESERVED, host.lower())]
+    errors += [f"silo = {one!r}: named more than once; names differ by more than case" for one in {*low} if low.count(one) > 1]
+    known = {one.lower() for one in taken}
+    again = [silo for silo in silos if silo.lower() in known]
+    return errors + [f"silo = {silo!r}: is in this federation already; choose another name" for silo in again]
+
+
+def provisioned(
+    work: Path, name: str, host: str, port: int, silos: Sequence[str], days: int, ends: datetime | None = None
+) -> Path:
+    """NVFlare's own kits, as it makes them. Certificates that `work`/`name`/state holds are used again; new ones end with
+    the root's, which is valid for `days`, or at `ends`."""
     from nvflare.lighter.constants import CtxKey
     from nvflare.lighter.entity import Project
     from nvflare.lighter.impl.cert import CertBuilder
@@ -141,7 +157,7 @@ def _provisioned(work: Path, name: str, host: str, port: int, silos: Sequence[st
         def _generate_cert(self, *given: Any, **named: Any) -> Any:
             """NVFlare's leaves end after 360 days, whatever the root's validity: these end with the root."""
             if not named.get("ca"):
-                named["not_valid_after"] = self.root_cert.not_valid_after_utc
+                named["not_valid_after"] = ends or self.root_cert.not_valid_after_utc
             return CertBuilder._generate_cert(*given, **named)
 
     project = Project(name, "a federation of fedtailor")
@@ -168,20 +184,24 @@ def _harden(kit: Path, kind: str, said: Mapping[str, Any]) -> None:
     for one in table["components"]:
         if one["id"] == "job_scheduler":
             one["args"]["max_jobs"] = 1000  # a job whose server died counts as running for ever: none may wait for it
-    _write(local / "resources.json", table)
+    write(local / "resources.json", table)
     none = dict.fromkeys(REFUSED, "none")
     others = {role: dict.fromkeys(RIGHTS, "none") | none for role in ROLES}
-    _write(local / "authorization.json", {"format_version": "1.0", "permissions": {"project_admin": RIGHTS | none} | others})
-    for script in kit.glob("startup/*.sh"):
+    write(local / "authorization.json", {"format_version": "1.0", "permissions": {"project_admin": RIGHTS | none} | others})
+    for script in kit.rglob("startup/*.sh"):
         script.unlink()  # `fedtailor server` and `fedtailor silo` start the engine
-    _write(kit / ABOUT, said)
+    write(kit / ABOUT, said)
     for path in [kit, *kit.rglob("*")]:
         path.chmod(0o700 if path.is_dir() else 0o600)
 
 
-def _write(file: Path, table: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+def write(file: Path, table: Mapping[str, Any]) -> None:
+    write_text(file, json.dumps(table, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all, for its owner alone."""
     new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    new.chmod(0o600)
+    new.touch(0o600)
+    new.write_text(text, encoding="utf-8")
     os.replace(new, file)
