@@ -19,6 +19,8 @@ from commands import fedtailor as fedtailor  # a fixture
 from fedtailor.data import Row, SiloData
 from fedtailor.models import Resident
 from fedtailor.tiny import tiny
+from flares import federation as federation  # fixtures, too
+from flares import flare as flare
 from tiny_runs import conduct
 
 LABELS = ("bad", "good")

@@ -81,6 +81,17 @@ def test_three_of_ten_sleep_and_every_round_ends_at_its_deadline(ten: Sockets) -
     assert [(reply.silo, reply.body.number) for reply in replies] == [(name, 4) for name in SILOS], "and no older reply"
 
 
+@pytest.mark.parametrize("size", [1001, 5_000_000])
+def test_a_message_over_a_workers_limit_is_refused_with_the_reason(tmp_path: Path, size: int) -> None:
+    """Also where the worker hangs up while it is still being sent."""
+    worker, up = Worker(Site("small", tmp_path, body_limit=1000)), threading.Event()
+    threading.Thread(target=worker.serve, args=(up.set,), daemon=True).start()
+    assert up.wait(10)
+    (answer,) = Sockets({"small": worker.address}).exchange(["small"], {"kind": "hello"}, bytes(size), 10)
+    assert (answer.lost, answer.head["kind"]) == ("", "refused")
+    assert f"a message of 16 + {size} bytes was announced; the limits are 65536 + 1000" in answer.head["why"]
+
+
 def test_a_path_too_long_for_a_socket_is_told() -> None:
     with pytest.raises(UserError, match=r"too long for a socket's path .103 bytes at most.; choose a folder nearer"):
         courier.address(Path("/x" * 60))

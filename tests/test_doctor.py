@@ -221,6 +221,23 @@ def test_a_worker_that_is_not_there(tmp_path: Path) -> None:
     assert text.endswith(f"; start it with `fedtailor silo {tmp_path}`")
 
 
+def test_a_silos_kit_that_is_in_use_twice(tmp_path: Path) -> None:
+    """As the server's engine writes it; a job's own connection, once each, and what is long past do not count."""
+    folder = kit(tmp_path)
+    (folder / "fedtailor.json").write_text(json.dumps({"name": "f", "silos": ["north", "south"], "server": "localhost:1"}))
+    (folder / "federation.toml").touch()
+    now, line = datetime.datetime.now(), "{:%Y-%m-%d %H:%M:%S},000 - sfm - INFO - Connection CN1 is evicted for CN2 from {}"
+    times = [now] * 3 + [now - datetime.timedelta(hours=1)] * 3
+    silos = ["north"] * 3 + ["south"] * 3
+    entries = [line.format(when, f"endpoint {silo} for exceeding limit 1") for when, silo in zip(times, silos, strict=True)]
+    (folder / "log.txt").write_text("\n".join(entries[1:]))
+    assert told(folder, "silos") == [(True, "each comes from one place")]
+    (folder / "log.txt").write_text("\n".join(entries))
+    ((fine, text),) = told(folder, "silos")
+    assert not fine
+    assert text.startswith("north: its kit seems to be in use twice; ")
+
+
 def test_no_kit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no kit of a federation"):
         list(doctor.findings(tmp_path))

@@ -54,7 +54,7 @@ def test_half_a_message_is_told(ends: tuple[socket.socket, socket.socket]) -> No
         frames.receive(ends[1])
 
 
-@pytest.mark.parametrize("text", [b"not json", b"[1]", b"\xff"])
+@pytest.mark.parametrize("text", [b"not json", b"[1]", b"\xff", b"[" * 30000])
 def test_a_head_that_is_none(ends: tuple[socket.socket, socket.socket], text: bytes) -> None:
     ends[0].sendall(struct.pack(">IQ", len(text), 0) + text)
     with pytest.raises(frames.FrameError, match="a message's head is no"):

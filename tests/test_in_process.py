@@ -209,6 +209,17 @@ def test_a_round_without_any_usable_reply_ends_the_run_with_the_reasons() -> Non
         engine(faults=Faults(nan=("a", "b", "c"))).reach(1).total(work, ASKED)
 
 
+@in_silo
+def strange(silo: Silo, body: Down) -> Up:
+    return wire.Failure(torch.ones(2) if silo.name == "b" else "no\x1b[2J") if silo.name != "a" else Up({}, 1.0)  # type: ignore
+
+
+def test_a_failure_is_told_in_one_line_whatever_it_says() -> None:
+    one = engine()
+    assert [reply.silo for reply in one.reach(1)(strange, ASKED)] == ["a"]
+    assert one.rejected == [(1, "b", "tensor([1., 1.])"), (1, "c", "no?[2J")]
+
+
 def test_replies_after_the_deadline_are_rejected_by_name() -> None:
     one = engine({"a": 0.0, "late": 0.6, "c": 0.0})
     assert [reply.silo for reply in ask(one, slow, deadline=0.4)] == ["a", "c"]

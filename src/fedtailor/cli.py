@@ -7,7 +7,7 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -199,7 +199,7 @@ def silo(
     config: Annotated[Path | None, typer.Option("--config", help="silo.toml; by default the kit's own")] = None,
 ) -> None:
     """Run a silo's worker: it holds the base model, the rows and the memory, and answers until it is stopped."""
-    from fedtailor.engines import site, worker
+    from fedtailor.engines import nvflare, site, worker
     from fedtailor.errors import UserError
 
     file = config or (Path("silo.toml") if kit is None else kit / "silo.toml")
@@ -208,7 +208,7 @@ def silo(
         raise UserError(f"{file}: folder must be left out for a kit: its courier looks for the worker in {kit / 'silo'}")
     _log_here()
     try:
-        with contextlib.nullcontext() if kit is None else _connected(kit):
+        with contextlib.nullcontext() if kit is None else nvflare.courier_beside(kit):
             one.serve()
     except KeyboardInterrupt:
         err.print(f"stopped; what was learnt of open runs is kept in {one.site.folder}", markup=False, soft_wrap=True)
@@ -261,24 +261,7 @@ def courier(kit: Path) -> None:
     from fedtailor.engines import nvflare
 
     _log_here()
-    nvflare.serve_client(kit)
-
-
-@contextlib.contextmanager
-def _connected(kit: Path) -> Iterator[None]:
-    """A silo's courier in a process of its own: it may die and come back without the worker."""
-    import subprocess
-
-    from fedtailor.engines import nvflare_kit
-
-    nvflare_kit.needed()
-    nvflare_kit.about(kit, "silo")
-    child = subprocess.Popen([sys.executable, "-c", "from fedtailor.cli import main; main()", "courier", str(kit)])
-    try:
-        yield
-    finally:
-        child.terminate()
-        child.wait()
+    nvflare.serve_client(kit, sys.stdin.buffer)  # its other end is the worker's
 
 
 def _log_here() -> None:

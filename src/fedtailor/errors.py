@@ -26,6 +26,11 @@ class SiloError(FedtailorError):
     """One silo could not do its work. The engine turns it into a named, counted `Failure`; the others go on."""
 
 
+def printable(said: object) -> str:
+    """What another machine said, as one line of 500 letters at most, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(said)[:500])
+
+
 def suggest(value: str, choices: Iterable[str]) -> str:
     """`; did you mean 'steps'?` when something close exists, then the choices themselves."""
     known = sorted(choices)

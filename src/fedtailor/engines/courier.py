@@ -5,6 +5,7 @@ A courier knows heads and bytes, no methods, no rounds. It may lose any message:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import select
 import socket
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from fedtailor.engines import frames
 from fedtailor.errors import UserError, suggest
@@ -73,7 +74,7 @@ class Sockets:
     def _one(self, silo: str, head: Head, body: Packed, timeout: float) -> Answer:
         try:
             with connect(self.paths[silo], timeout) as link:
-                frames.send(link, head, body)
+                ask(link, head, body)
                 return Answer(silo, *frames.receive(link, spool=self.spool))
         except TimeoutError:
             return Answer(silo, lost=f"no reply within {timeout:.3g} s")
@@ -103,6 +104,12 @@ def of(kit: Path) -> Courier:
         raise UserError(f"{file}: engine = {engine!r}: no such engine{suggest(str(engine), ['sockets', *known])}")
     found: Courier = importlib.import_module(f"fedtailor.engines.{engine}").courier(file.parent)
     return found
+
+
+def ask(link: socket.socket, head: Head, body: Packed | BinaryIO) -> None:
+    """Send a request. A worker that does not read it to the end has said why, and that is there to be received."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        frames.send(link, head, body)
 
 
 def connect(path: Path, timeout: float) -> Link:

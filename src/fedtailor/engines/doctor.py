@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import re
 import shutil
 import socket
 import ssl
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # they bring torch in, which is looked at only where an exper
 SOON = 30  # days before its end that a certificate is named
 ROOM = 5 * 10**9  # bytes: a base model, memories and spooled messages
 WAIT = 5.0  # seconds for a connection
+RECENT, TIMES = datetime.timedelta(minutes=5), 3  # a silo that was driven out so often comes from two places
+EVICTED = re.compile(r"(?P<when>\S+ [\d:]+),.* is evicted for \S+ from endpoint (?P<silo>[^\s.]+) for exceeding limit")
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,12 @@ def findings(kit: Path, asked: Experiment | None = None, source: str | None = No
     yield _versions()
     yield _owners_alone(kit)
     yield _disk(kit)
-    yield from _certificate(kit)
+    yield from certificates(kit)
     host, _, port = about["server"].rpartition(":")
     if kind == "server":
         yield from _own_server(kit, host, int(port))
         yield from _silos(kit, about["silos"])
+        yield _twins(kit)
         if asked is not None:
             yield _model(asked.model)[0]
         return
@@ -92,7 +97,7 @@ def _disk(kit: Path) -> Finding:
     return Finding("disk", free >= ROOM, f"{free / 1e9:.1f} GB free{mend}")
 
 
-def _certificate(kit: Path) -> Iterator[Finding]:
+def certificates(kit: Path) -> Iterator[Finding]:
     from cryptography import x509
 
     now = datetime.datetime.now(datetime.UTC)
@@ -172,6 +177,21 @@ def _silos(kit: Path, silos: Sequence[str]) -> Iterator[Finding]:
             its, ours = one["model_sha256"][:12], known["model_sha256"][:12]
             told = f"{silo} had another base than the last run (sha256 {its}, not {ours})"
             yield Finding("model", False, f"{told}; compare with what `fedtailor doctor KIT --experiment FILE` says there")
+
+
+def _twins(kit: Path) -> Finding:
+    """Two engines with one kit drive each other out, without an end: what the server's engine wrote of it lately."""
+    since = datetime.datetime.now() - RECENT
+    driven: Counter[str] = Counter()
+    for file in (kit / "log.txt.1", kit / "log.txt"):
+        for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
+            if (found := EVICTED.match(line)) and datetime.datetime.fromisoformat(found["when"]) > since:
+                driven[found["silo"]] += 1
+    twice = [silo for silo, times in driven.items() if times >= TIMES]
+    if twice:
+        told = f"{', '.join(twice)}: its kit seems to be in use twice; end one, or have new kits made if a stranger has it"
+        return Finding("silos", False, told)
+    return Finding("silos", True, "each comes from one place")
 
 
 def _worker(kit: Path, silo: str) -> Finding:

@@ -79,7 +79,7 @@ def _head(link: socket.socket, limit: int) -> tuple[dict[str, Any], int]:
         raise FrameError(f"a message of {head_size} + {body_size} bytes was announced; the limits are {HEAD_LIMIT} + {limit}")
     try:
         head = json.loads(_exactly(link, head_size))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FrameError(f"a message's head is not JSON: {error}") from error
     if not isinstance(head, dict):
         raise FrameError("a message's head is no JSON object")

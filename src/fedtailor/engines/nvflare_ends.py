@@ -27,7 +27,7 @@ from nvflare.collab.api.context import get_call_context, set_call_context
 
 from fedtailor.engines import courier, frames
 from fedtailor.engines.nvflare_kit import SOCKET, worker_socket
-from fedtailor.errors import FedtailorError
+from fedtailor.errors import FedtailorError, printable
 
 CHUNK = 16 * 1024**2  # bytes of one call: NVFlare holds each about ten times over on its way
 
@@ -85,6 +85,8 @@ class Exchange:
         set_call_context(self.context)
         try:
             said, body = self._carried(silo)
+        except ValueError as error:
+            said, body = {"lost": f"its answer is none of ours: {str(error)[:300]}"}, b""
         except Exception as error:
             late = getattr(error, "cause_type", "") == "TimeoutError" or time.monotonic() >= self.end
             why = f"no reply within {self.head['seconds']:.3g} s" if late else f"its courier failed: {str(error)[:300]}"
@@ -96,17 +98,14 @@ class Exchange:
         for offset in range(0, self.size if self.size > CHUNK else 0, CHUNK):
             proxy(timeout=self._left()).put(key, offset, pread(self.body, offset, CHUNK))
         text, whole = proxy(timeout=self._left()).ask(key, tohex(self.head["head"]), self._left(), self.whole)
-        said = unhex(text)
-        size = said.pop("size", 0)
-        if type(size) is not int or size > frames.BODY_LIMIT:
-            return {"lost": f"announced a reply of {size!r:.30} bytes; the limit is {frames.BODY_LIMIT}"}, b""
+        said, size = answered(text)
         if size <= CHUNK:
-            return said, bytes(whole)
+            return said, blob(whole, size)
         body = spool(self.kit)
         while body.tell() < size:
-            chunk = bytes(proxy(timeout=self._left()).get(key, body.tell()))
-            if not 0 < len(chunk) <= size - body.tell():
-                return {"lost": f"its reply broke off after {body.tell()} of {size} bytes"}, b""
+            chunk = proxy(timeout=self._left()).get(key, body.tell())
+            if not blob(chunk) or len(chunk) > size - body.tell():
+                raise ValueError(f"it broke off after {body.tell()} of {size} bytes")
             body.write(chunk)
         return said, body
 
@@ -133,7 +132,7 @@ class SiloEnd:
                 raise ValueError(f"chunk at {offset} of a request that is not here up to there")
             if offset + len(chunk) > frames.BODY_LIMIT:
                 raise ValueError(f"a request over the limit of {frames.BODY_LIMIT} bytes")
-            return offset + self.down[1].write(bytes(chunk))
+            return offset + self.down[1].write(blob(chunk))
 
     @collab.publish  # type: ignore[untyped-decorator, unused-ignore]
     def ask(self, key: str, head: str, seconds: float, body: Any) -> tuple[str, Any]:
@@ -143,7 +142,7 @@ class SiloEnd:
             here = self.down[1] if self.down is not None and self.down[0] == key else None
             self.down = None
         try:
-            answer, file, size = forwarded(kit(), unhex(head), here or bytes(body), seconds)
+            answer, file, size = forwarded(kit(), unhex(head), here or blob(body), seconds)
         except TimeoutError:
             return tohex({"lost": f"no reply within {seconds:.3g} s"}), b""
         except (OSError, FedtailorError, ValueError) as error:
@@ -175,10 +174,34 @@ def forwarded(kit: Path, head: Mapping[str, Any], body: bytes | BinaryIO, second
         found = frames.receive(link, 0)[0].get("silo")
         if found != collab.site_name:
             raise FedtailorError(f"the worker there is of silo {found!r}, not of {collab.site_name!r}")
-        frames.send(link, head, body)
+        courier.ask(link, head, body)
         file = spool(kit)
         answer, size = frames.receive_into(link, file)
     return answer, file, size
+
+
+def answered(text: str) -> tuple[dict[str, Any], int]:
+    """What a silo's end says: its worker's head, or why there is none, and the size of the reply. Nothing else of it goes on
+    to the program: whose answer it is, and to which exchange, is not the silo's to say. Texts without what a terminal would
+    obey. Raises ValueError."""
+    said = unhex(text) if len(text) <= frames.HEAD_LIMIT else None
+    if not isinstance(said, dict):
+        raise ValueError(f"a head of {len(text)} letters that is no JSON object, or over the limit of {frames.HEAD_LIMIT}")
+    size, head = said.get("size", 0), said.get("head", {})
+    if type(size) is not int or not 0 <= size <= frames.BODY_LIMIT:
+        raise ValueError(f"it announced a reply of {size!r:.30} bytes; the limit is {frames.BODY_LIMIT}")
+    if not isinstance(head, dict) or any(isinstance(value, dict | list) for value in head.values()):
+        raise ValueError("its head is no flat table")  # nor is a deep one: the program could not read it
+    flat = {printable(key): printable(value) if isinstance(value, str) else value for key, value in head.items()}
+    return {"head": flat, "lost": printable(said.get("lost", ""))}, size
+
+
+def blob(given: Any, size: int | None = None) -> bytes:
+    """What came as bytes. Raises ValueError for anything else: of a number, `bytes` would make so many zeros."""
+    if not isinstance(given, bytes | bytearray | memoryview) or (size is not None and len(given) != size):
+        told = f"{len(given)} bytes, {size} announced" if isinstance(given, bytes) else f"a {type(given).__name__}"
+        raise ValueError(f"its body is {told}")
+    return bytes(given)
 
 
 def kit() -> Path:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fedtailor import progress, wire
 from fedtailor.core import Reply, Total
 from fedtailor.engines.desk import Request, seed_of
-from fedtailor.errors import RunError
+from fedtailor.errors import RunError, printable
 from fedtailor.faults import Faults
 from fedtailor.packed import Packed
 
@@ -101,7 +101,8 @@ class Reach:
             replies = self.engine.faults.inject(replies, seed)
         for reply in replies:
             del missing[reply.silo]
-            if (problem := _problem(reply.body, asked, kind)) is not None:
+            if (found := _problem(reply.body, asked, kind)) is not None:
+                problem = printable(found)
                 why.append(f"{reply.silo}: {problem}")
                 self.engine.rejected.append((request.round, reply.silo, problem))
                 progress.line(f"round {request.round}: reply of {reply.silo} rejected: {problem}")
@@ -109,6 +110,7 @@ class Reach:
             used += 1
             yield reply
         for name, reason in missing.items():
+            reason = printable(reason)
             why.append(f"{name}: {reason}")
             self.engine.rejected.append((request.round, name, reason))
         if not used and to:

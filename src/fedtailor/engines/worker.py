@@ -6,6 +6,7 @@ and writes memory and reply to disk together before it answers: killed at any mo
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -122,6 +123,9 @@ class Worker:
                 pass
             except (frames.FrameError, OSError) as error:
                 log.warning("a connection was dropped: %s", error)
+                if isinstance(error, frames.FrameError):  # asked again, it would be too large again
+                    with contextlib.suppress(OSError):
+                        frames.send(link, *_refused(str(error)))
 
     def handle(self, head: Mapping[str, Any], body: Packed) -> tuple[dict[str, Any], Packed]:
         """The answer to one message. What goes wrong here is told in full in this silo's log, and in short to the server."""
