@@ -32,7 +32,7 @@ import psutil
 
 from fedtailor import wire
 from fedtailor.engines import courier, frames
-from fedtailor.engines.nvflare import listen
+from fedtailor.engines.keeping import listen
 from fedtailor.generations import Generations
 
 FEDTAILOR = [sys.executable, "-c", "from fedtailor.cli import main; main()"]

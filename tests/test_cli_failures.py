@@ -24,7 +24,7 @@ MISTAKES = {
     "a file that is not there": (["run", "tinny.toml"], "tinny.toml: no such file"),
     "a folder for a file": (["run", ROOT / "experiments"], "no such file"),
     "a command that is none": (["rnu", TINY], "No such command 'rnu'"),
-    "an option that is none": (["run", TINY, "--sed", "3"], "No such option: --sed"),
+    "an option that is none": (["run", TINY, "--sed", "3"], "No such option"),
     "a seed that is no number": (["run", TINY, "--seed", "x"], "Invalid value for '--seed'"),
     "a setting without a value": (["check", TINY, "--set", "rounds"], "write part.key=value"),
     "a misspelt method": (["check", TINY, "--set", "method.name=prefx"], "did you mean 'prefix'"),

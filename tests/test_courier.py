@@ -102,7 +102,7 @@ def test_a_path_too_long_for_a_socket_is_told() -> None:
     [
         (None, "federation.toml cannot be read"),
         ("engine = ", "federation.toml cannot be read"),
-        ('engine = "socket"', r"engine = 'socket': no such engine; did you mean 'sockets'\? \(choices: nvflare, sockets\)"),
+        ('engine = "socket"', r"no such engine; did you mean 'sockets'\? \(choices: flower, nvflare, sockets\)"),
         ('engine = "sockets"', r"\[silos\] is missing; write one line for each silo"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from background import Background, free_port, left, wait_for
 from commands import LABELLED, PROCESS, SLIM, TINY, Command, fails
 from fedtailor.engines import nvflare_admin, nvflare_kit, nvflare_members, standing
-from fedtailor.engines.nvflare import locked
+from fedtailor.engines.keeping import locked
 from fedtailor.errors import UserError
 
 x509 = pytest.importorskip("cryptography.x509", reason="comes with NVFlare: pip install 'fedtailor[nvflare]'")

@@ -171,12 +171,12 @@ def init_federation(
     silos: Annotated[list[str], typer.Option("--silo", help="a silo's name; once for each")],
     name: Annotated[str, typer.Option("--name", help="of the federation")] = "federation",
     days: Annotated[int, typer.Option("--days", help="how long the certificates are valid")] = 365,
+    engine: Annotated[str, typer.Option("--engine", help="what carries messages: nvflare or flower")] = "nvflare",
 ) -> None:
-    """Make the server's kit and one for each silo: certificates, strict rules, no code. Needs fedtailor[nvflare]."""
-    from fedtailor.engines import nvflare_kit
+    """Make the server's kit and one for each silo: certificates, strict rules, no code. Needs the engine's extra."""
+    from fedtailor.engines import kit as kits
 
-    kits = nvflare_kit.init(folder, name, server, silos, days)
-    for who, kit in kits.items():
+    for who, kit in kits.maker(engine)(folder, name, server, silos, days).items():
         command = f"fedtailor server {kit}" if who == "server" else f"fedtailor silo {kit} --data ROWS.jsonl"
         out.print(f"{who}: {kit}  (there: {command})", markup=False, highlight=False, soft_wrap=True)
     told = f"authority: {folder / 'authority'}  (signs what is made later; keep it off the network)"
@@ -186,10 +186,10 @@ def init_federation(
 @app.command()
 def server(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
     """Run a federation's meeting point, until it is stopped: silos connect to it, runs are carried over it."""
-    from fedtailor.engines import nvflare
+    from fedtailor.engines import kit as kits
 
     _log_here()
-    nvflare.serve_server(kit)
+    kits.engine(kit, "server").serve_server(kit)
 
 
 @app.command()
@@ -199,16 +199,19 @@ def silo(
     config: Annotated[Path | None, typer.Option("--config", help="silo.toml; by default the kit's own")] = None,
 ) -> None:
     """Run a silo's worker: it holds the base model, the rows and the memory, and answers until it is stopped."""
-    from fedtailor.engines import nvflare, site, worker
+    from fedtailor.engines import keeping, site, worker
+    from fedtailor.engines import kit as kits
     from fedtailor.errors import UserError
 
     file = config or (Path("silo.toml") if kit is None else kit / "silo.toml")
     one = worker.Worker(site.read(file, None if rows is None else str(rows)))
     if kit is not None and one.site.folder.resolve() != (kit / "silo").resolve():
         raise UserError(f"{file}: folder must be left out for a kit: its courier looks for the worker in {kit / 'silo'}")
+    if kit is not None:
+        kits.engine(kit, "silo").needed()
     _log_here()
     try:
-        with contextlib.nullcontext() if kit is None else nvflare.courier_beside(kit):
+        with contextlib.nullcontext() if kit is None else keeping.courier_beside(kit):
             one.serve()
     except KeyboardInterrupt:
         err.print(f"stopped; what was learnt of open runs is kept in {one.site.folder}", markup=False, soft_wrap=True)
@@ -240,14 +243,15 @@ def doctor(
 @app.command()
 def status(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> None:
     """The run over a federation and its round; each silo's versions, and when it was last seen and last answered."""
-    from fedtailor.engines import nvflare_admin, nvflare_kit, standing
-    from fedtailor.errors import RunError
+    from fedtailor.engines import kit as kits
+    from fedtailor.engines import standing
+    from fedtailor.errors import FedtailorError, RunError
 
-    nvflare_kit.needed()
-    silos, lost = nvflare_kit.about(kit, "server")["silos"], None
+    engine, silos, lost = kits.engine(kit, "server"), kits.about(kit, "server")["silos"], None
+    engine.needed()
     try:
-        here = {silo: one.seen for silo, one in nvflare_admin.look(kit).items()}
-    except nvflare_admin.Lost as error:
+        here = engine.seen(kit)
+    except FedtailorError as error:
         here, lost = None, error
     for line in standing.lines(kit, silos, here):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -258,10 +262,10 @@ def status(kit: Annotated[Path, typer.Argument(help="the server's kit")]) -> Non
 @app.command(hidden=True)
 def courier(kit: Path) -> None:
     """The engine's own process of a silo's kit; `fedtailor silo KIT` starts it."""
-    from fedtailor.engines import nvflare
+    from fedtailor.engines import kit as kits
 
     _log_here()
-    nvflare.serve_client(kit, sys.stdin.buffer)  # its other end is the worker's
+    kits.engine(kit, "silo").serve_client(kit, sys.stdin.buffer)  # its other end is the worker's
 
 
 def _log_here() -> None:

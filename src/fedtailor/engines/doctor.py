@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtailor import __version__
-from fedtailor.engines import courier, nvflare_kit, standing
+from fedtailor.engines import courier, standing
+from fedtailor.engines import kit as kits
 from fedtailor.errors import FedtailorError, UserError
 
 if TYPE_CHECKING:  # they bring torch in, which is looked at only where an experiment is named
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # they bring torch in, which is looked at only where an exper
     from fedtailor.models import Base, Resident
 
 SOON = 30  # days before its end that a certificate is named
+PACKAGES = {"nvflare": ("nvflare", "NVFlare", "2.9"), "flower": ("flwr", "Flower", "1.41")}
 ROOM = 5 * 10**9  # bytes: a base model, memories and spooled messages
 WAIT = 5.0  # seconds for a connection
 RECENT, TIMES = datetime.timedelta(minutes=5), 3  # a silo that was driven out so often comes from two places
@@ -49,8 +51,9 @@ def findings(kit: Path, asked: Experiment | None = None, source: str | None = No
     asked: its base model is loaded, and a silo's rows are read as it asks. source: a silo's rows, as given to its worker.
     """
     kind = "server" if (kit / "federation.toml").exists() else "silo"
-    about = nvflare_kit.about(kit, kind)
-    yield _engine()
+    about = kits.about(kit, kind)
+    engine = about.get("engine", "nvflare")
+    yield _engine(engine)
     yield _versions()
     yield _owners_alone(kit)
     yield _disk(kit)
@@ -59,7 +62,8 @@ def findings(kit: Path, asked: Experiment | None = None, source: str | None = No
     if kind == "server":
         yield from _own_server(kit, host, int(port))
         yield from _silos(kit, about["silos"])
-        yield _twins(kit)
+        if engine == "nvflare":  # Flower lets a node in once
+            yield _twins(kit)
         if asked is not None:
             yield _model(asked.model)[0]
         return
@@ -68,13 +72,15 @@ def findings(kit: Path, asked: Experiment | None = None, source: str | None = No
     yield from _silos_own(kit, asked, source)
 
 
-def _engine() -> Finding:
+def _engine(engine: str) -> Finding:
+    package, product, needed = PACKAGES[engine]
+    extra = f"pip install 'fedtailor[{engine}]'"
     try:
-        version = importlib.metadata.version("nvflare")
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return Finding("engine", False, "NVFlare is not installed; pip install 'fedtailor[nvflare]'")
-    fine = version.startswith("2.9.")
-    return Finding("engine", fine, f"NVFlare {version}" + ("" if fine else "; needs 2.9: pip install 'fedtailor[nvflare]'"))
+        return Finding("engine", False, f"{product} is not installed; {extra}")
+    fine = version.startswith(f"{needed}.")
+    return Finding("engine", fine, f"{product} {version}" + ("" if fine else f"; needs {needed}: {extra}"))
 
 
 def _versions() -> Finding:
@@ -110,6 +116,8 @@ def certificates(kit: Path) -> Iterator[Finding]:
         elif now > end - datetime.timedelta(days=SOON):
             told = f"{file.name} {'ended' if now > end else 'ends'} on {end:%Y-%m-%d}"
             mend = "who holds authority/ makes new ones: `fedtailor federation renew KITS`"
+            if (kit / "startup" / "ca.crt").exists():  # over Flower
+                mend = "have new kits made with `fedtailor federation init`"
             yield Finding("certificate", now <= end, f"{told}; {mend}")
         else:
             yield Finding("certificate", True, f"{file.name} is valid until {end:%Y-%m-%d}")
@@ -123,7 +131,7 @@ def _own_server(kit: Path, host: str, port: int) -> Iterator[Finding]:
         yield Finding("server", False, f"port {port}: {error.strerror or error}; start `fedtailor server {kit}`")
         return
     yield Finding("server", True, f"port {port} answers")
-    found = _server(host, port, kit / "admin")
+    found = _server(host, port, kit / "admin" if (kit / "admin").exists() else kit)
     if found.fine:
         yield Finding("address", True, found.told)
     else:  # not every router leads back to itself
@@ -156,9 +164,12 @@ def _server(host: str, port: int, kit: Path) -> Finding:
 def _greeted(link: socket.socket, host: str, startup: Path) -> None:
     """A TLS greeting as the engine's, which shows who the other side is. Raises OSError, SSLError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(startup / "rootCA.pem")
-    context.load_cert_chain(startup / "client.crt", startup / "client.key")
-    context.set_alpn_protocols(["h2"])
+    if (startup / "ca.crt").exists():  # over Flower, where a node proves its key in each call
+        context.load_verify_locations(startup / "ca.crt")
+    else:
+        context.load_verify_locations(startup / "rootCA.pem")
+        context.load_cert_chain(startup / "client.crt", startup / "client.key")
+        context.set_alpn_protocols(["h2"])
     context.wrap_socket(link, server_hostname=host).close()
 
 
@@ -196,7 +207,7 @@ def _twins(kit: Path) -> Finding:
 
 def _worker(kit: Path, silo: str) -> Finding:
     try:
-        path = nvflare_kit.worker_socket(kit)
+        path = kits.worker_socket(kit)
         (answer,) = courier.Sockets({silo: path}).exchange((silo,), {"kind": "hello"}, b"", WAIT)
     except UserError as error:
         return Finding("worker", False, str(error))

@@ -10,26 +10,22 @@ does not include: NVFlare fixes the members of a job at its start. State and mod
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
 import select
-import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
-from fedtailor.engines import doctor, frames, nvflare_kit
-from fedtailor.engines.courier import Answer, Head, Link, address, connect
+from fedtailor.engines import doctor, frames, nvflare_admin, nvflare_kit
+from fedtailor.engines.courier import Answer, Head, Link
+from fedtailor.engines.keeping import Kept, ends_with, keep, kill, listen, locked
 from fedtailor.engines.nvflare_admin import Admin, Lost, Seen
-from fedtailor.errors import FedtailorError, UserError
+from fedtailor.errors import FedtailorError
 from fedtailor.packed import Packed
 
 log = logging.getLogger("fedtailor.nvflare")
@@ -38,8 +34,7 @@ START = 60.0  # seconds that a job may take from submission to its first word
 CHECK = 5.0  # seconds between two questions whether a job has failed to start
 PAUSE = 30.0  # seconds after which a job with more members is tried again, where one could not start
 GRACE = 15.0  # seconds beyond an exchange's time after which a job that says nothing is given up
-ENDING = 10.0  # seconds that a process which was asked to end may take
-ALONE = 30.0  # seconds that a courier goes on without a worker
+needed = nvflare_kit.needed
 ENDED = ("FINISHED", "FAILED", "ABORTED", "ABANDONED")  # how the status of a job that is over begins
 
 
@@ -198,6 +193,11 @@ def courier(kit: Path) -> NVFlare:
     return NVFlare(kit)
 
 
+def seen(kit: Path) -> dict[str, float]:
+    """When each silo that is connected was last seen. Raises Lost when the server does not answer."""
+    return {silo: one.seen for silo, one in nvflare_admin.look(kit).items()}
+
+
 @dataclass
 class Starting:
     """A job that was submitted and has not called yet."""
@@ -213,174 +213,46 @@ def _token(here: Mapping[str, Seen], silo: str) -> str | None:
     return here[silo].token if silo in here else None
 
 
-def listen(path: Path) -> socket.socket:
-    """A socket that only its owner may open."""
-    path.unlink(missing_ok=True)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listening.bind(address(path))
-    except BaseException:
-        listening.close()
-        raise
-    finally:
-        os.umask(before)
-    listening.listen()
-    return listening
-
-
-def locked(file: Path, why: str, patience: float = 0.0) -> TextIO:
-    """Held as long as the file is open. Raises UserError when another process holds it for `patience` seconds."""
-    file.touch(0o600)
-    held, end = file.open("w"), time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return held
-        except OSError:
-            if time.monotonic() >= end:
-                held.close()
-                raise UserError(f"{file.parent}: {why}") from None
-            time.sleep(0.2)
-
-
 def serve_server(kit: Path) -> None:
     """Keep the engine's server of this kit running, until SIGTERM or SIGINT. Raises UserError where its port is taken."""
+    needed()
     port = int(nvflare_kit.about(kit, "server")["server"].rpartition(":")[2])
     log.info("the server of this federation starts at port %d; Ctrl-C ends it", port)
-    _serve(kit, "server", "nvflare.private.fed.app.server.server_train", "fed_server.json", [], port=port)
+    kept = _engine(kit, "server", "nvflare.private.fed.app.server.server_train", "fed_server.json", [])
+    # where the port is taken, NVFlare would start all the same, and wait in silence
+    keep(kit.resolve(), kept, lambda: end_strays(kit.resolve()), port=port)
 
 
 def serve_client(kit: Path, worker: BinaryIO | None = None) -> None:
-    """Keep the engine's client of this silo running, until SIGTERM or SIGINT. `worker` ends when the worker that started this
-    is gone: the job goes on with the one that comes next, and where none comes this ends. One at a time: others wait."""
-    about, holds = nvflare_kit.about(kit, "silo"), threading.Event()
+    """Keep the engine's client of this silo running, until SIGTERM or SIGINT, or until its worker is gone: see `ends_with`."""
+    needed()
+    about = nvflare_kit.about(kit, "silo")
     log.info("connecting to %s; `fedtailor doctor %s` tells whether that goes well", about["server"], kit)
-
-    def watch(worker: BinaryIO) -> None:
-        worker.read()
-        end = time.monotonic() + ALONE
-        while holds.is_set() and time.monotonic() < end:
-            if _listens(nvflare_kit.worker_socket(kit)):
-                end = time.monotonic() + ALONE
-            time.sleep(1.0)
-        signal.raise_signal(signal.SIGTERM)
-
-    if worker is not None:
-        threading.Thread(target=watch, args=(worker,), daemon=True).start()
-    module = "nvflare.private.fed.app.client.client_train"
-    _serve(kit, "silo", module, "fed_client.json", [f"uid={about['silo']}"], patience=math.inf, holds=holds)
+    kept = _engine(kit, "silo", "nvflare.private.fed.app.client.client_train", "fed_client.json", [f"uid={about['silo']}"])
+    keep(kit.resolve(), kept, lambda: end_strays(kit.resolve()), patience=math.inf, holds=ends_with(worker, kit))
 
 
-def _listens(path: Path) -> bool:
-    try:
-        connect(path, 1.0).close()
-    except (ConnectionRefusedError, FileNotFoundError):
-        return False
-    except OSError:
-        return True  # it is there, and busy
-    return True
-
-
-def _serve(
-    kit: Path, kind: str, module: str, config: str, more: Sequence[str], *,
-    port: int = 0, patience: float = ENDING, holds: threading.Event | None = None,
-) -> None:  # fmt: skip
-    nvflare_kit.needed()
+def _engine(kit: Path, kind: str, module: str, config: str, more: Sequence[str]) -> Callable[[], list[Kept]]:
     kit = kit.resolve()
-    nvflare_kit.about(kit, kind)
-    with locked(kit / ".engine", "its engine runs already; end that one first", patience):
-        if holds is not None:
-            holds.set()
-        end_strays(kit)  # an engine whose keeper was killed still holds the port
-        if port:
-            _free(port)
+
+    def before() -> None:
+        end_strays(kit)
+        for one in doctor.certificates(kit):
+            if not one.fine:  # of the connection that fails by it, the engine tells no reason
+                log.error("certificate: %s", one.told)
+
+    def made() -> list[Kept]:
         nvflare_kit.settle(kit, kind)
         settings = ["secure_train=true", f"org={nvflare_kit.ORG}", "config_folder=config", *more]
         command = [sys.executable, "-u", "-m", module, "-m", str(kit), "-s", config, "--set", *settings]
-        stopping = threading.Event()
-        before = {one: signal.signal(one, lambda *_: stopping.set()) for one in (signal.SIGTERM, signal.SIGINT)}
+        return [Kept(command, kit / "engine.log", before=before)]
 
-        def start() -> subprocess.Popen[bytes]:
-            end_strays(kit)  # jobs of an engine that was killed: what they wait for does not come back
-            for one in doctor.certificates(kit):
-                if not one.fine:  # of the connection that fails by it, the engine tells no reason
-                    log.error("certificate: %s", one.told)
-            with (kit / "engine.log").open("w") as out:
-                return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-
-        try:
-            _kept_running(start, stopping, f"the engine ended (%s) and is started again; {kit / 'engine.log'} says why")
-        finally:
-            end_strays(kit)
-            for one, handler in before.items():
-                signal.signal(one, handler)
-
-
-def _free(port: int) -> None:
-    with socket.socket() as trial:  # NVFlare would start all the same, and wait in silence
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError(f"port {port}: {error.strerror}; end what listens there (`ss -ltnp` shows it)") from None
-
-
-@contextlib.contextmanager
-def courier_beside(kit: Path) -> Iterator[None]:
-    """A silo's courier in a process of its own, started again when it dies. Where this process is killed, the courier that
-    runs is left to the one that comes next."""
-    nvflare_kit.needed()
-    nvflare_kit.about(kit, "silo")
-    command = [sys.executable, "-c", "from fedtailor.cli import main; main()", "courier", str(kit)]
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, stdin=subprocess.PIPE)  # it ends when this process is gone
-
-    stopping = threading.Event()
-    told = "the courier ended (%s) and is started again"
-    keeping = threading.Thread(target=_kept_running, args=(start, stopping, told, 3 * ENDING))  # it ends its own first
-    keeping.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        keeping.join()
-
-
-def _kept_running(
-    start: Callable[[], subprocess.Popen[bytes]], stopping: threading.Event, told: str, patience: float = ENDING
-) -> None:
-    pause = 0.5
-    while not stopping.is_set():
-        began = time.monotonic()
-        with start() as child:
-            try:
-                while child.poll() is None and not stopping.wait(0.2):
-                    pass
-            finally:
-                if child.poll() is None:
-                    child.terminate()
-                    try:
-                        child.wait(patience)
-                    except subprocess.TimeoutExpired:
-                        child.kill()
-        if not stopping.is_set():
-            pause = 0.5 if time.monotonic() - began > 60 else min(2 * pause, 30.0)
-            log.warning(told, child.returncode)
-            stopping.wait(pause)
+    return made
 
 
 def end_strays(kit: Path) -> None:
-    """End the engine's processes of this kit: each is in a session of its own, and outlives what started it and was killed."""
-    import psutil
+    """End the engine's processes of this kit: each is in a session of its own, and outlives what started it and was killed.
 
-    ended = []
-    for process in psutil.process_iter(["cmdline", "uids"]):
-        line = process.info["cmdline"] or []
-        ours = str(kit) in line and any(word.startswith("nvflare.private.fed.app.") for word in line)
-        if ours and process.info["uids"].real == os.getuid():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-                ended.append(process)
-    psutil.wait_procs(ended, 5)  # only then is a port free again
+    What jobs of an engine that was killed wait for does not come back.
+    """
+    kill(lambda line: str(kit) in line and any(word.startswith("nvflare.private.fed.app.") for word in line))

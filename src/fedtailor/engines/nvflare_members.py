@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtailor.engines import nvflare_kit
-from fedtailor.engines.nvflare import locked
+from fedtailor.engines.keeping import locked
 from fedtailor.errors import UserError, suggest
 
 DISABLED = "disabled_clients.json"  # in the server's kit: NVFlare reads it at its start, and lets none of these in
