@@ -1,11 +1,12 @@
 """What the distributed engines cost: our way over each beside the engine alone, on this machine, three silos, mutual TLS.
 
-    python benchmarks/engines.py [--engine nvflare] [--megabytes 500] [--repeats 20]
+    python benchmarks/engines.py [--engine nvflare] [--engine flower] [--megabytes 500] [--repeats 20]
 
-    trivial      median milliseconds of an exchange of a few bytes with all silos
-    there, back  seconds of one exchange of a large body with all silos, and the most memory that any process took in it
-    loads        base models loaded in each worker over ten rounds of experiments/tiny.toml
-    deadline     seconds of each round where ten silos are asked, three of them sleep a minute, and the deadline is five
+    trivial   median seconds of an exchange of a few bytes with all silos
+    large     seconds of one exchange of a large body there and back with all silos, a tenth of it over Flower
+    peak      the most memory in MB that any process took in it
+    loads     base models loaded in each worker over ten rounds of experiments/tiny.toml
+    deadline  seconds of each round where ten silos are asked, three of them sleep a minute, and the deadline is five
 
 Our workers are real ones, with a base model and rows; the large body is read and written by them. The engine alone sends
 bytes from and to its own processes, with no worker behind. Needs the engine's extra.
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,46 +38,46 @@ ROUNDS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", action="append", choices=["nvflare"], dest="engines")
+    parser.add_argument("--engine", action="append", choices=["nvflare", "flower"], dest="engines")
     parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--program", type=Path, help=argparse.SUPPRESS)  # a kit: be the server program over it
     given = parser.parse_args()
     sys.path.insert(0, str(HERE))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     os.environ["OMP_NUM_THREADS"] = "1"
     if given.program:
-        print(json.dumps(measured(given.program, given)))
+        print(json.dumps(measured(given.program, given.repeats, given.megabytes)))
         return
-    print(f"{'':<20}{'trivial ms':>11}{f'{given.megabytes} MB s':>10}{'peak MB':>9}  of what{'':<14}loads")
-    for engine in given.engines or ["nvflare"]:
+    print(f"{'':<16}{'trivial s':>10}{'large MB':>10}{'large s':>9}{'peak MB':>9}  {'of what':<20}loads")
+    for engine in given.engines or ["nvflare", "flower"]:
+        slow = engine == "flower"
+        repeats, megabytes = (max(1, given.repeats // 4), given.megabytes // 10) if slow else (given.repeats, given.megabytes)
         with federation(engine) as kits:
-            told(f"{engine}, ours", ours(kits, given))
-        with federation(engine, alone=True) as kits:
-            told(f"{engine} alone", alone(kits, given))
+            told(f"ours, {engine}", ours(kits, repeats, megabytes), megabytes)
+        told(f"{engine} alone", (flower_alone if slow else nvflare_alone)(repeats, megabytes), megabytes)
     print(f"deadline 5 s, three of ten asleep: rounds of {', '.join(f'{s:.2f}' for s in stragglers())} s")
 
 
-def told(name: str, found: dict[str, Any]) -> None:
+def told(name: str, found: dict[str, Any], megabytes: int) -> None:
     who, peak = max(found["peaks"].items(), key=lambda item: item[1])
     loads = " ".join(map(str, found.get("loads", {}).values()))
-    print(f"{name:<20}{1000 * found['trivial']:>11.0f}{found['large']:>10.1f}{peak:>9.0f}  {who:<21}{loads}")
-    print(f"{'':<20}peaks in MB: " + ", ".join(f"{who} {peak:.0f}" for who, peak in sorted(found["peaks"].items())), flush=True)
+    print(f"{name:<16}{found['trivial']:>10.3f}{megabytes:>10}{found['large']:>9.1f}{peak:>9.0f}  {who:<20}{loads}")
+    print("    peaks in MB: " + ", ".join(f"{who} {peak:.0f}" for who, peak in sorted(found["peaks"].items())), flush=True)
 
 
 @contextlib.contextmanager
-def federation(engine: str, alone: bool = False) -> Iterator[Path]:
-    """The kits of one that runs: `fedtailor server`, and `fedtailor silo` for each silo."""
+def federation(engine: str, change: Callable[[Path], None] = lambda kits: None) -> Iterator[Path]:
+    """The kits of one that runs: `fedtailor server`, and `fedtailor silo` for each silo. `change`: done with the kits before."""
     running = []
     with tempfile.TemporaryDirectory(prefix="ft", dir=os.environ.get("FEDTAILOR_BENCH_DIR")) as folder:
         kits = Path(folder) / "kits"
-        init = ["federation", "init", str(kits), "--server", f"localhost:{free_port()}"]
+        init = ["federation", "init", str(kits), "--server", f"localhost:{free_port()}", "--engine", engine]
         subprocess.run([*FEDTAILOR, *init, *(f"--silo={silo}" for silo in SILOS)], check=True, stdout=subprocess.DEVNULL)
         for silo in SILOS:
             file = kits / silo / "silo.toml"
             file.write_text(f'allow = ["echoing"]\n{file.read_text()}')
-        if alone:
-            permit(kits)
+        change(kits)
         try:
             for what, kit in [("server", "server"), *(("silo", silo) for silo in SILOS)]:
                 with (kits / kit / "process.log").open("w") as log:
@@ -89,9 +90,9 @@ def federation(engine: str, alone: bool = False) -> Iterator[Path]:
                 process.wait()
 
 
-def ours(kits: Path, given: argparse.Namespace) -> dict[str, Any]:
+def ours(kits: Path, repeats: int, megabytes: int) -> dict[str, Any]:
     """In a program of its own, as `fedtailor run` is."""
-    sizes = ["--megabytes", str(given.megabytes), "--repeats", str(given.repeats)]
+    sizes = ["--megabytes", str(megabytes), "--repeats", str(repeats)]
     command = [sys.executable, __file__, "--program", str(kits / "server"), *sizes]
     with watched(kits) as peaks:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -101,7 +102,25 @@ def ours(kits: Path, given: argparse.Namespace) -> dict[str, Any]:
     return {**found, "peaks": {**peaks, **found["peaks"]}}
 
 
-def measured(kit: Path, given: argparse.Namespace) -> dict[str, Any]:
+def nvflare_alone(repeats: int, megabytes: int) -> dict[str, Any]:
+    import bare_nvflare
+
+    with federation("nvflare", bare_nvflare.permit) as kits, watched(kits) as peaks:
+        found = bare_nvflare.measured(kits, SILOS, repeats, megabytes * 10**6)
+    return {**found, "peaks": {who: peak for who, peak in peaks.items() if who != "worker"}}
+
+
+def flower_alone(repeats: int, megabytes: int) -> dict[str, Any]:
+    import bare_flower
+
+    with tempfile.TemporaryDirectory(prefix="ft") as name:
+        folder = Path(name)
+        with bare_flower.running(folder, len(SILOS)), watched(folder) as peaks:
+            found = bare_flower.measured(folder, len(SILOS), repeats, megabytes * 10**6)
+    return {**found, "peaks": peaks}
+
+
+def measured(kit: Path, repeats: int, megabytes: int) -> dict[str, Any]:
     """What the server program sees."""
     import torch
     from echoing import Blob, echo
@@ -118,7 +137,7 @@ def measured(kit: Path, given: argparse.Namespace) -> dict[str, Any]:
         while [a for a in reached.exchange(SILOS, {"kind": "hello"}, b"", 60) if a.lost]:
             time.sleep(0.5)
         took = []
-        for _ in range(given.repeats):
+        for _ in range(repeats):
             began = time.perf_counter()
             assert not [a for a in reached.exchange(SILOS, {"kind": "hello"}, b"", 60) if a.lost]
             took.append(time.perf_counter() - began)
@@ -131,7 +150,7 @@ def measured(kit: Path, given: argparse.Namespace) -> dict[str, Any]:
         one._open(SILOS, 60, {})
         peak.reset()
         count = 8
-        body = Blob({f"t{i}": torch.rand(given.megabytes * 250_000 // count) for i in range(count)})
+        body = Blob({f"t{i}": torch.rand(megabytes * 250_000 // count) for i in range(count)})
         began = time.perf_counter()
         for reply in one.reach(1)(echo, body):
             assert all(torch.equal(reply.body.tensors[name], tensor) for name, tensor in body.tensors.items()), reply.silo
@@ -144,53 +163,9 @@ def measured(kit: Path, given: argparse.Namespace) -> dict[str, Any]:
     return {"trivial": statistics.median(took), "large": large, "peaks": {"server program": most}, "loads": loads}
 
 
-def permit(kits: Path) -> None:
-    """NVFlare's own classes for its own job, in the kits of this measurement alone."""
-    for kit in kits.iterdir():
-        if (kit / "local").is_dir():
-            file = kit / "local" / "resources.json"
-            table = json.loads(file.read_text())
-            table["class_allow_list"] += ["bare_nvflare.BareServer", "bare_nvflare.BareSilo"]
-            file.write_text(json.dumps(table))
-
-
-def alone(kits: Path, given: argparse.Namespace) -> dict[str, Any]:
-    from fedtailor.engines import nvflare_admin
-
-    file = kits / "server" / "bare.json"
-    spec = json.dumps({"file": str(file), "repeats": given.repeats, "bytes": given.megabytes * 10**6}).encode().hex()
-    job = kits / "job" / "fedtailor"
-    for name, table in nvflare_admin.job("0" * 16, SILOS).items():
-        text = json.dumps(table)
-        if "config_fed_server" in name:
-            table["components"][0].update(path="bare_nvflare.BareServer", args={"spec": spec})
-        elif "config_fed_client" in name:
-            table["components"][0].update(path="bare_nvflare.BareSilo")
-        text = json.dumps(table)
-        (job / name).parent.mkdir(parents=True, exist_ok=True)
-        (job / name).write_text(text)
-    with watched(kits) as peaks:
-        submitted(kits / "server", job)
-        end = time.monotonic() + 900
-        while not file.exists() and time.monotonic() < end:
-            time.sleep(0.5)
-    return {**json.loads(file.read_text()), "peaks": {who: peak for who, peak in peaks.items() if who != "worker"}}
-
-
-def submitted(kit: Path, job: Path) -> None:
-    from fedtailor.engines import nvflare_admin
-
-    while True:
-        with contextlib.suppress(Exception), contextlib.closing(nvflare_admin.login(kit)) as session:
-            if len(nvflare_admin.connected(session)) == len(SILOS):
-                session.submit_job(str(job))
-                return
-        time.sleep(1)
-
-
 @contextlib.contextmanager
-def watched(kits: Path) -> Iterator[dict[str, float]]:
-    """The highest resident memory of every kind of process over these kits, in MB, while this lasts."""
+def watched(folder: Path) -> Iterator[dict[str, float]]:
+    """The highest resident memory of every kind of process that works in this folder, in MB, while this lasts."""
     import psutil
 
     peaks: dict[str, float] = {}
@@ -198,9 +173,10 @@ def watched(kits: Path) -> Iterator[dict[str, float]]:
 
     def look() -> None:
         while not over.wait(0.2):
-            for process in psutil.process_iter(["cmdline"]):
+            for process in psutil.process_iter(["cmdline", "cwd"]):
                 line = process.info["cmdline"] or []
-                if any(str(kits) in word for word in line) and not any("--program" in word for word in line):
+                here = str(folder) in str(process.info["cwd"]) or any(str(folder) in word for word in line)
+                if here and not any("--program" in word for word in line):
                     with contextlib.suppress(OSError, StopIteration):
                         status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                         high = next(int(row.split()[1]) for row in status if row.startswith("VmHWM:")) * 1024 / 1e6
@@ -216,15 +192,18 @@ def watched(kits: Path) -> Iterator[dict[str, float]]:
         thread.join()
 
 
+KINDS = {
+    "server_train": "server", "client_train": "silo's engine", "runner_process": "server's job",
+    "worker_process": "silo's job", "silo": "worker", "flower_gate": "gate",
+    "flower-superlink": "superlink", "flower-supernode": "supernode", "flower-superexec": "superexec",
+    "flwr-serverapp": "serverapp", "flwr-clientapp": "clientapp",
+}  # fmt: skip
+
+
 def kind(line: list[str]) -> str:
     """What a process of a federation is, by its command."""
-    known = {
-        "server_train": "server", "client_train": "silo's engine",
-        "runner_process": "server's job", "worker_process": "silo's job",
-        "silo": "worker",
-    }  # fmt: skip
-    found = (known[word.rpartition(".")[2]] for word in line if word.rpartition(".")[2] in known)
-    return next(found, "other")
+    words = (word.rpartition(".")[2].rpartition("/")[2] for word in line)
+    return next((KINDS[word] for word in words if word in KINDS), "other")
 
 
 def stragglers() -> list[float]:

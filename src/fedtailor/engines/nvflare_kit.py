@@ -34,6 +34,7 @@ CLASSES = {  # all that a job may name, on each side
 }
 RIGHTS = {"submit_job": "any", "manage_job": "any", "view": "any"}  # of our one admin; everything else is "none"
 REFUSED = ("byoc", "clone_job", "download_job", "operate", "server-predeployed-flwr", "shell_commands")
+MOST = 10_000  # silos that a server lets in; NVFlare's own limit is 100
 ROLES = ("org_admin", "lead", "member")  # NVFlare's other roles: no kit of ours has one
 
 
@@ -135,6 +136,11 @@ def _harden(kit: Path, kind: str, said: Mapping[str, Any]) -> None:
     none = dict.fromkeys(REFUSED, "none")
     others = {role: dict.fromkeys(RIGHTS, "none") | none for role in ROLES}
     write(local / "authorization.json", {"format_version": "1.0", "permissions": {"project_admin": RIGHTS | none} | others})
+    if kind == "server":
+        file = kit / "startup" / "fed_server.json"
+        told = json.loads(file.read_text(encoding="utf-8"))
+        told["servers"][0]["max_num_clients"] = MOST
+        write(file, told)
     for script in kit.rglob("startup/*.sh"):
         script.unlink()  # `fedtailor server` and `fedtailor silo` start the engine
     write(kit / ABOUT, said)
