@@ -140,3 +140,8 @@ def test_a_run_finds_its_courier_by_the_servers_kit(kits: dict[str, Path]) -> No
     assert isinstance(found, NVFlare)
     assert found.silos == ("north", "south")
     found.close()
+
+
+def test_a_server_lets_in_more_silos_than_nvflares_hundred(kits: dict[str, Path]) -> None:
+    (server,) = json.loads((kits["server"] / "startup" / "fed_server.json").read_text())["servers"]
+    assert server["max_num_clients"] == nvflare_kit.MOST > 100
