@@ -17,8 +17,9 @@ import torch
 
 from commands import fedtailor as fedtailor  # a fixture
 from fedtailor.data import Row, SiloData
+from fedtailor.images import Image
 from fedtailor.models import Resident
-from fedtailor.tiny import tiny
+from fedtailor.tiny import KINDS, tiny
 from flares import federation as federation  # fixtures, too
 from flares import flare as flare
 from tiny_runs import conduct
@@ -37,7 +38,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def resident_of() -> Callable[[str], Resident]:
-    """llama, gpt2 or bert in fp32, made once: what a test puts on it, the next one takes off."""
+    """Any of `KINDS` in fp32, made once: what a test puts on it, the next one takes off."""
     return lambda architecture: _tiny("float32", architecture)
 
 
@@ -56,6 +57,16 @@ def bert(resident_of: Callable[[str], Resident]) -> Resident:
     return resident_of("bert")
 
 
+@pytest.fixture
+def vit(resident_of: Callable[[str], Resident]) -> Resident:
+    return resident_of("vit")
+
+
+@pytest.fixture
+def t5(resident_of: Callable[[str], Resident]) -> Resident:
+    return resident_of("t5")
+
+
 @pytest.fixture(params=["llama", "gpt2"])
 def causal(request: pytest.FixtureRequest, resident_of: Callable[[str], Resident]) -> Resident:
     return resident_of(request.param)
@@ -69,7 +80,7 @@ def any_resident(request: pytest.FixtureRequest, resident_of: Callable[[str], Re
 @pytest.fixture(scope="session")
 def plain(resident_of: Callable[[str], Resident], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """The same weights as others load them: saved, and read anew by transformers with its default attention."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     @cache
     def saved(architecture: str) -> Path:
@@ -80,7 +91,8 @@ def plain(resident_of: Callable[[str], Resident], tmp_path_factory: pytest.TempP
         return folder
 
     def load(architecture: str) -> Any:
-        kind: Any = AutoModel if architecture == "bert" else AutoModelForCausalLM
+        kinds: dict[str, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+        kind = kinds.get(KINDS[architecture], AutoModel)
         module = kind.from_pretrained(saved(architecture), dtype=torch.float32).eval()
         assert module.config._attn_implementation == "sdpa"
         return module
@@ -100,6 +112,29 @@ def rated() -> dict[str, SiloData]:
         )
         for name, subject, longer in (("cafe", "tea", 1), ("shop", "a parcel", 2), ("zoo", "the old bear", 3))
     }
+
+
+@pytest.fixture(scope="session")
+def pictured(rated: dict[str, SiloData]) -> dict[str, SiloData]:
+    """As `rated`, with a picture in place of each text: bright above ("good") or below, its contrast the silo's own."""
+    dice = torch.Generator().manual_seed(5)
+
+    def picture(row: Row, contrast: int) -> Row:
+        values = torch.randint(0, 60, (28, 28), generator=dice)
+        values[:14 if row.answer == "good" else 28][-14:] += contrast
+        return Row("", row.answer, row.id, image=Image(bytes(values.flatten().tolist()), (28, 28, 1)))
+
+    def silo(rows: SiloData, contrast: int) -> SiloData:
+        parts = {part: tuple(picture(row, contrast) for row in getattr(rows, part)) for part in ("train", "val", "test")}
+        return SiloData(**parts, labels=rows.labels)
+
+    return {name: silo(rows, 60 * (i + 1)) for i, (name, rows) in enumerate(rated.items())}
+
+
+@pytest.fixture(scope="session")
+def rated_for(rated: dict[str, SiloData], pictured: dict[str, SiloData]) -> Callable[[str], dict[str, SiloData]]:
+    """The rows that an architecture reads."""
+    return lambda architecture: pictured if KINDS[architecture] == "vision" else rated
 
 
 @pytest.fixture(scope="session")

@@ -319,7 +319,7 @@ def test_settings_of_one_silo_are_settings_of_the_method(name: str) -> None:
     assert {"lr", "local_steps", "batch_size"} <= per_silo(kind)
     assert not {"aggregate", "server_lr", "schedule", "max_delta_norm"} & per_silo(kind)
     assert ("rank" in per_silo(kind)) == (name == "lora")
-    assert ("virtual_tokens" in per_silo(kind)) == (name == "prefix")
+    assert ("virtual_tokens" in per_silo(kind)) == (name in ("prefix", "soft_prompt"))
 
 
 def test_what_check_lists_is_what_a_silo_sends(any_resident: Resident, rated: Silos) -> None:

@@ -101,11 +101,13 @@ def test_an_unknown_model_is_told_before_anything_else(experiment: Experiment) -
 
 
 def test_methods_are_listed_with_what_is_their_own() -> None:
-    text = printed(list_methods)
+    text = printed(lambda out: list_methods(out, "tiny"))
     for name in find.methods():
         assert name in text
     assert "virtual_tokens = 16" in text
     assert "rank = 8" in text
+    assert "1,024" in text, "numbers of a prefix: 16 virtual tokens x 2 layers x keys and values x 16"
+    assert "head needs an encoder" in text
     assert "lr = 0.01" in text, "prefix has a default of its own"
     table, _, shared = text.partition("Settings of all of them: ")
     assert "server_optimizer = 'none'" in shared

@@ -74,10 +74,10 @@ def test_all_errors_of_a_file_are_told_together() -> None:
 ONE_EACH = {
     "a misspelt method": (
         changed(method={"name": "loar"}),
-        "method.name = 'loar': no such method; did you mean 'lora'? (choices: full, ",
+        "method.name = 'loar': no such method; did you mean 'lora'? (choices: adapter, ",
     ),
-    "no method": ({k: v for k, v in GOOD.items() if k != "method"}, "[method] needs a name (choices: full, "),
-    "a method without a name": (changed(method={"rank": 3}), "[method] needs a name (choices: full, "),
+    "no method": ({k: v for k, v in GOOD.items() if k != "method"}, "[method] needs a name (choices: adapter, "),
+    "a method without a name": (changed(method={"rank": 3}), "[method] needs a name (choices: adapter, "),
     "a method that is a text": (changed(method="lora"), "[method] needs a name"),
     "a misspelt setting": (
         changed(method={"name": "prefix", "virtual_token": 3}),

@@ -16,6 +16,7 @@ from fedtailor.data import Row
 from fedtailor.errors import UserError
 from fedtailor.fetch import sha256
 from fedtailor.methods.lora import Lora
+from fedtailor.methods.peft import Peft
 from fedtailor.methods.prefix import Prefix
 from fedtailor.models import PACKAGED, Base, Resident, best_dtype, folder, listing, load, resident
 from fedtailor.tiny import byte_tokenizer, tiny
@@ -66,7 +67,7 @@ def test_the_hash_is_that_of_the_weights(llama: Resident) -> None:
     other = tiny("float32").module
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[-1, -1] += 1e-3
-    assert resident(other, byte_tokenizer(), source="x", classifier=False).sha256 != llama.sha256
+    assert resident(other, byte_tokenizer(), source="x", kind="causal").sha256 != llama.sha256
     assert tiny("bfloat16").sha256 != llama.sha256
 
 
@@ -87,7 +88,7 @@ def test_a_local_folder(tmp_path: Path, architecture: str) -> None:
 def test_a_tokenizer_without_padding_pads_with_its_end() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
-    made = resident(tiny("float32").module, tokenizer, source="x", classifier=False)
+    made = resident(tiny("float32").module, tokenizer, source="x", kind="causal")
     assert made.tokenizer.pad_token_id == made.tokenizer.eos_token_id == 257
 
 
@@ -169,8 +170,8 @@ def test_bases_weights_survive_whatever_is_put_on(any_resident: Resident) -> Non
 
 def test_a_config_that_does_not_fit(llama: Resident) -> None:
     before = fresh(llama).scores([Row("a", "b")], ["b", "c"])
-    said = message(Lora(targets=("nothing_of_that_name",)).put_on, llama, 0)
-    assert said.startswith("[method] LORA does not fit LlamaForCausalLM")
+    said = message(Peft(type="loha", settings={"target_modules": ["nothing_of_that_name"]}).put_on, llama, 0)
+    assert said.startswith("[method] LOHA does not fit LlamaForCausalLM")
     assert "nothing_of_that_name" in said
     assert torch.equal(fresh(llama).scores([Row("a", "b")], ["b", "c"]), before)
 

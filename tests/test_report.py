@@ -257,6 +257,16 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert "0.690 ±0.012" in report.markdown(merged)
 
 
+def test_the_gap_of_an_aggregation_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+    assert "exactness gap" not in page_of(folder).text
+    file = folder / "rows" / "federated" / "rounds.jsonl"
+    told = [json.loads(line) | {"gap": 0.02} for line in file.read_text().splitlines()[:-1]]
+    file.write_text("".join(f"{json.dumps(entry)}\n" for entry in told))
+    assert "exactness gap of the aggregation \N{DOWNWARDS ARROW}" in page_of(folder).text
+    assert ("aria-label", "exactness gap of the aggregation by round") in page_of(folder).attributes
+
+
 def test_many_silos_and_rounds_stay_small(tmp_path: Path) -> None:
     result = a_result()
     del result["rows"]["alone"]["own"]

@@ -1,4 +1,4 @@
-"""The random model: the same at every making, one token per byte, all three architectures."""
+"""The random models: the same at every making, one token per byte, all architectures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtailor.models import Resident
-from fedtailor.tiny import byte_tokenizer, tiny
+from fedtailor.tiny import KINDS, byte_tokenizer, tiny
 
 TOKENIZER = byte_tokenizer()
 
@@ -32,7 +32,7 @@ def test_chat_template() -> None:
     assert said == "user: hi\nassistant:"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("architecture", KINDS)
 def test_every_making_is_the_same_and_draws_on_no_one_elses_dice(architecture: str) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -41,7 +41,8 @@ def test_every_making_is_the_same_and_draws_on_no_one_elses_dice(architecture: s
     assert torch.equal(torch.rand(3), expected)
     torch.manual_seed(6)
     assert tiny("float32", architecture).sha256 == first.sha256
-    assert first.classifier == (architecture == "bert")
+    assert first.kind == KINDS[architecture]
+    assert first.classifier == (architecture in ("bert", "vit"))
     assert not any(p.requires_grad for p in first.module.parameters())
 
 

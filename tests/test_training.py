@@ -268,7 +268,7 @@ def broken() -> Resident:
     module = tiny("float32", "gpt2").module
     with torch.no_grad():
         module.transformer.wpe.weight[30:] = math.nan
-    return resident(module, byte_tokenizer(), source="broken", classifier=False)
+    return resident(module, byte_tokenizer(), source="broken", kind="causal")
 
 
 def test_a_nan_in_one_silo_is_that_silos_alone() -> None:

@@ -7,14 +7,15 @@ rounding). Rows that begin with the same tokens (a few-shot prompt, an instructi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedtailor import progress
+from fedtailor import progress, seq2seq, vision
 from fedtailor.data import Row
 from fedtailor.errors import SiloError
 from fedtailor.models import Resident, texts
@@ -46,6 +47,8 @@ def encode(
     """
     prompts = [texts(resident.tokenizer, row.messages) if row.messages else row.prompt for row in rows]
     told = [row.answer for row in rows] if answers is None else answers
+    if resident.kind == "seq2seq":
+        return _encode_apart(resident, prompts, told, stop=stop, taken=taken)
     told = [a if not p or p[-1].isspace() else f" {a}" for p, a in zip(prompts, told, strict=True)]
     take = {"add_special_tokens": False}
     if not rows:
@@ -70,6 +73,24 @@ def encode(
     return encoded
 
 
+def _encode_apart(
+    resident: Resident, prompts: Sequence[str], told: Sequence[str], *, stop: bool, taken: int
+) -> list[Encoded]:
+    """For an encoder-decoder: the prompt as its own tokenizer wants it; the answer is a text of its own."""
+    if not prompts:
+        return []
+    end, room = [resident.tokenizer.eos_token_id], resident.context
+    ids = resident.tokenizer(list(prompts)).input_ids
+    answers = resident.tokenizer(list(told), add_special_tokens=False).input_ids
+    items = [Encoded(p or end, a + end * stop) for p, a in zip(ids, answers, strict=True)]
+    for item in items:
+        if len(item.prompt) > room - taken or len(item.answer) > room:
+            beside = f" beside {taken} virtual tokens" if taken else ""
+            count = f"{len(item.prompt)} tokens{beside} and {len(item.answer)} of answer"
+            raise SiloError(f"a row has {count}, the model's context is {room} of each")
+    return items
+
+
 def _begin(tokenizer: Any) -> list[int]:
     """The token that the model expects in front of every text, where its tokenizer puts one there."""
     first = tokenizer("").input_ids[:1]
@@ -81,6 +102,8 @@ def with_end(resident: Resident, labels: Sequence[str]) -> bool:
     "goodness"), the shorter could never be the less likely one without it."""
     if resident.classifier:
         return False
+    if resident.kind == "seq2seq":  # its answers always end, as they did in its own training
+        return True
     for words in (labels, [f" {label}" for label in labels]):
         ids = sorted(resident.tokenizer(list(words), add_special_tokens=False).input_ids) if words else []
         if any(longer[: len(shorter)] == shorter for shorter, longer in pairwise(ids)):
@@ -117,6 +140,24 @@ def class_batch(items: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(texts_only.input_ids, texts_only.attention_mask, texts_only.position_ids, classes)
 
 
+def trainable(
+    resident: Resident, rows: Sequence[Row], labels: Sequence[str], taken: int = 0
+) -> tuple[list[Any], Callable[[Sequence[Any]], Batch]]:
+    """Rows as items that have a length, and what makes a batch of some: as the base is trained on them."""
+    if resident.kind == "vision":
+        return vision.encode(resident, rows, labels), vision.batch
+    if resident.classifier:
+        return encode_classes(resident, rows, labels, taken), partial(class_batch, pad_id=resident.pad_id)
+    stop = not labels or with_end(resident, labels)
+    return encode(resident, rows, stop=stop, taken=taken), writing_batch(resident)
+
+
+def writing_batch(resident: Resident) -> Callable[[Sequence[Encoded]], Batch]:
+    if resident.kind == "seq2seq":
+        return partial(seq2seq.batch, pad_id=resident.pad_id, start_id=seq2seq.start(resident.module))
+    return partial(batch, pad_id=resident.pad_id)
+
+
 @dataclass(frozen=True)
 class Answers:
     """A model that answers: a resident base, what is on it, and the tensors that were learnt."""
@@ -135,11 +176,9 @@ class Answers:
         items = self._encoded(self._told(rows), answers, stop=stop)
         found: dict[int, tuple[float, int]] = {}
         for chosen in _by_length(items, "scoring"):
-            some = batch([items[i] for i in chosen], self._pad).to(self.resident.device)
-            logits = self._logits(some, some.labels.shape[1] + 1)[:, :-1].float()
-            gone = some.labels == IGNORED
-            picked = logits.log_softmax(-1).gather(-1, some.labels.clamp(min=0)[..., None])[..., 0].masked_fill(gone, 0)
-            for i, total, count in zip(chosen, picked.double().sum(1).tolist(), (~gone).sum(1).tolist(), strict=True):
+            some = self._batch([items[i] for i in chosen])
+            totals, counts = _picked(self._answered(some), some.labels)
+            for i, total, count in zip(chosen, totals.tolist(), counts.tolist(), strict=True):
                 found[i] = (total, count)
         return [found[i] for i in range(len(items))]
 
@@ -148,6 +187,8 @@ class Answers:
         """(rows, choices) log-probabilities of each choice as the answer, fp32 on the CPU."""
         if self.resident.classifier:
             return self._class_scores(rows, choices)
+        if self.resident.kind == "seq2seq":
+            return self._said_scores(rows, choices)
         alternatives = [self._encoded(self._told(rows), [choice] * len(rows)) for choice in choices]
         stop = with_end(self.resident, choices)  # then also where each is one token: what was trained is what is scored
         if stop or any(len(item.answer) != 1 for column in alternatives for item in column):
@@ -157,7 +198,7 @@ class Answers:
         out = torch.zeros(len(rows), len(choices))
         prompts = [Encoded(item.prompt, []) for item in alternatives[0]]
         for chosen in _by_length(prompts, "scoring"):
-            some = batch([prompts[i] for i in chosen], self._pad).to(self.resident.device)
+            some = self._batch([prompts[i] for i in chosen])
             logp = self._logits(some, 1)[:, 0].float().log_softmax(-1).cpu()
             ids = torch.tensor([[column[i].answer[0] for column in alternatives] for i in chosen])
             out[torch.tensor(chosen)] = logp.gather(1, ids)
@@ -178,7 +219,7 @@ class Answers:
         draw = torch.Generator().manual_seed(seed)
         texts_: dict[int, str] = {}
         for chosen in _by_length(items, "writing", max_new_tokens, 4):  # one token a row and step: more rows at once
-            some = batch([items[i] for i in chosen], self._pad).to(self.resident.device)
+            some = self._batch([items[i] for i in chosen])
             tokens = list(zip(*self._steps(some, max_new_tokens, temperature, top_p, draw), strict=True))
             for i, row in zip(chosen, tokens or [()] * len(chosen), strict=True):
                 kept = row[: row.index(None)] if None in row else row
@@ -191,9 +232,7 @@ class Answers:
         item = Encoded(self._encoded(self._told([row]), [""])[0].prompt, [])
         draw, told, tokens = torch.Generator().manual_seed(seed), "", []
         with torch.no_grad():
-            for step in self._steps(
-                batch([item], self._pad).to(self.resident.device), max_new_tokens, temperature, top_p, draw
-            ):
+            for step in self._steps(self._batch([item]), max_new_tokens, temperature, top_p, draw):
                 if step[0] is None:
                     return
                 tokens.append(step[0])
@@ -204,7 +243,10 @@ class Answers:
 
     @property
     def _pad(self) -> int:
-        return int(self.resident.tokenizer.pad_token_id)
+        return self.resident.pad_id
+
+    def _batch(self, items: Sequence[Encoded]) -> Batch:
+        return writing_batch(self.resident)(items).to(self.resident.device)
 
     def _told(self, rows: Sequence[Row]) -> Sequence[Row]:
         return [self.told(row) for row in rows]
@@ -213,16 +255,33 @@ class Answers:
         return encode(self.resident, rows, answers, stop=stop, taken=self.tuned.shift)
 
     def _class_scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
-        items = [
-            Encoded(i.prompt, [0])
-            for i in encode_classes(self.resident, [Row(r.prompt, choices[0]) for r in rows], choices, self.tuned.shift)
-        ]
+        asked = [replace(row, answer=choices[0]) for row in rows]
+        items, make = trainable(self.resident, asked, choices, self.tuned.shift)
         out = torch.zeros(len(rows), len(choices))
         for chosen in _by_length(items, "scoring"):
-            some = class_batch([items[i] for i in chosen], self._pad).to(self.resident.device)
-            logits, _ = self.tuned.using(self.tensors, some.input_ids, some.attention_mask, some.position_ids, 0)
+            some = make([items[i] for i in chosen]).to(self.resident.device)
+            logits = self.tuned.logits(self.tensors, some)
             out[torch.tensor(chosen)] = logits.float().log_softmax(-1).cpu()
         return out
+
+    def _said_scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
+        """Of an encoder-decoder: each prompt is read once, and every choice is said after it."""
+        out = torch.zeros(len(rows), len(choices))
+        columns = [self._encoded(self._told(rows), [choice] * len(rows), stop=True) for choice in choices]
+        for chosen in _by_length(columns[0], "scoring"):
+            read = None
+            for number, column in enumerate(columns):
+                some = self._batch([column[i] for i in chosen])
+                words = some.input_ids, some.attention_mask, some.decoder_ids
+                logits, _, read = self.tuned.using(self.tensors, *words, read)
+                out[torch.tensor(chosen), number] = _picked(logits, some.labels)[0].float().cpu()
+        return out
+
+    def _answered(self, some: Batch) -> Tensor:
+        """(B, K, V): what is said of each place of the labels."""
+        if self.resident.kind == "seq2seq":
+            return self.tuned.logits(self.tensors, some)
+        return self._logits(some, some.labels.shape[1] + 1)[:, :-1]
 
     def _logits(self, some: Batch, keep: int) -> Tensor:
         """(B, keep, V). Tokens that begin every row are read once, and their cache is spread over the rows."""
@@ -247,20 +306,23 @@ class Answers:
         ends = {self.resident.tokenizer.eos_token_id}
         more = self.resident.module.generation_config.eos_token_id
         ends |= set(more if isinstance(more, list) else [more])
-        ids, mask, places, cache = some.input_ids, some.attention_mask, some.position_ids, None
-        last = self.resident.context - self.tuned.shift - 1  # the last place that the model can read
-        over = [False] * ids.shape[0]
-        for _ in range(count):
-            logits, cache = self.tuned.using(self.tensors, ids, mask, places, 1, cache)
-            nexts = _choose(logits[:, -1].float().cpu(), temperature, top_p, draw).tolist()
+        read, room = self.tuned.reading(self.tensors, some, self.resident.context)
+        over, ids = [False] * len(room), None
+        for step in range(count):
+            nexts = _choose(read(ids).float().cpu(), temperature, top_p, draw).tolist()
             over = [done or token in ends for done, token in zip(over, nexts, strict=True)]
             yield [None if done else token for done, token in zip(over, nexts, strict=True)]
-            over = [done or place >= last for done, place in zip(over, places[:, -1].tolist(), strict=True)]
+            over = [done or step >= free for done, free in zip(over, room, strict=True)]
             if all(over):
                 return
-            ids = torch.tensor(nexts, device=mask.device)[:, None]
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            places = (places[:, -1:] + 1).clamp(max=last)
+            ids = torch.tensor(nexts, device=some.input_ids.device)[:, None]
+
+
+def _picked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K, V), (B, K) -> summed log-probabilities (fp64) and the number of labels of each row."""
+    gone = labels == IGNORED
+    picked = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(gone, 0)
+    return picked.double().sum(1), (~gone).sum(1)
 
 
 def _common(ids: Sequence[list[int]]) -> int:

@@ -83,6 +83,10 @@ def _shown(row: Row) -> str:
     return f"{row.prompt}{joint}{row.answer}{BETWEEN}"
 
 
+def _asked(row: Row) -> str:
+    return str(row.image) if row.image is not None else row.prompt or row.messages[-1]["content"]
+
+
 def samples(model: Answers, data: Mapping[str, SiloData], count: int, max_new_tokens: int) -> Sequence[dict[str, str]]:
     """A few test rows and what the model says to them: the first of each silo in turn."""
     order = [(silo, row) for i in range(count) for silo, d in data.items() for row in d.test[i : i + 1]][:count]
@@ -95,6 +99,6 @@ def samples(model: Answers, data: Mapping[str, SiloData], count: int, max_new_to
     else:
         told = model.generate(rows, max_new_tokens=max_new_tokens)
     return [
-        {"silo": silo, "prompt": row.prompt or row.messages[-1]["content"], "answer": row.answer, "generated": text}
+        {"silo": silo, "prompt": _asked(row), "answer": row.answer, "generated": text}
         for (silo, row), text in zip(order, told, strict=True)
     ]

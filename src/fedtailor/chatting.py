@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedtailor import data, models, rows, runs, wire
+from fedtailor import data, images, models, rows, runs, wire
 from fedtailor.data import Row
 from fedtailor.errors import SiloError, UserError
 
@@ -23,7 +23,7 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
     experiment = runs.resume(folder).experiment
     model = wire.read_file(adapters[0]).open({"base": models.load(experiment.model)})
     template = experiment.data.template
-    fields = rows.columns(template) if template else ()
+    fields = (experiment.data.image,) if experiment.data.image else rows.columns(template) if template else ()
     labels = experiment.data.labels
     if experiment.data.label and not labels:  # the words were read off the rows
         loaded = data.load(experiment.data, experiment.silo, experiment.seeds[0])
@@ -36,7 +36,13 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
             if not line:
                 return
             values[field] = line
-        if fields:
+        if experiment.data.image:
+            try:
+                row = Row("", "", image=images.read(values[fields[0]], Path()))
+            except ValueError as error:
+                out.print(f"[{error}]", markup=False)
+                continue
+        elif fields:
             row = Row("".join(text + ("" if c is None else values[c]) for text, c in rows.parts(template)), "")
         else:
             turns.append({"role": "user", "content": values["you"]})

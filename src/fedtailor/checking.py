@@ -10,10 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedtailor import find, wire
+from fedtailor import find, models, wire
 from fedtailor.data import SiloData
+from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment, drawn
 from fedtailor.preparing import prepare
+
+LABELS = 3  # of the classifier whose head is counted, on an encoder
 
 
 def show(experiment: Experiment, out: Console, afar: Sequence[str] = ()) -> None:
@@ -63,16 +66,29 @@ def _labels(silos: dict[str, SiloData]) -> tuple[str, ...]:
     return next((rows.labels for rows in silos.values() if rows.labels), ())
 
 
-def list_methods(out: Console) -> None:
-    table = Table("method", "what", "its own settings")
-    for name, kind in find.methods().items():
-        doc = (__import__(kind.__module__, fromlist=["_"]).__doc__ or "").strip().split("\n")[0]
-        table.add_row(name, escape(doc), escape(", ".join(f"{f.name} = {_default(f)}" for f in _own(kind))))
-    out.print(table)
+def list_methods(out: Console, model: str = "smollm2-135m") -> None:
+    """Every method with its own settings, and what it costs on that model. Raises UserError where there is none."""
     from fedtailor.methods.averaging import Averaging
 
+    resident = models.load(models.Base(model))
+    table = Table("method", "what", "trained", "up", "cohort", "its own settings", title=f"on {escape(model)}")
+    for name, kind in find.methods().items():
+        doc = (__import__(kind.__module__, fromlist=["_"]).__doc__ or "").strip().split("\n")[0]
+        settings = ", ".join(f"{f.name} = {_default(f)}" for f in _own(kind))
+        table.add_row(name, escape(doc), *_costs(kind(), resident), escape(settings))
+    out.print(table)
+    out.print("trained: numbers; up: bytes of one silo and round; cohort: many silos in one pass", highlight=False)
     shared = ", ".join(f"{f.name} = {_default(f)}" for f in fields(Averaging))
     out.print(escape(f"Settings of all of them: {shared}"), highlight=False)
+
+
+def _costs(method: Any, resident: models.Resident) -> tuple[str, str, str]:
+    try:
+        body = method.example(resident, LABELS)
+    except UserError as error:
+        return str(error).partition(":")[0].removeprefix("[method] "), "-", "-"
+    numbers = sum(t.numel() for t in body.delta.values())
+    return f"{numbers:,}", f"{len(wire.pack(body)):,}", "yes" if method.cohort else "no"
 
 
 def _own(kind: type[Any]) -> list[Any]:

@@ -100,11 +100,13 @@ def check(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods with their settings."""
+def methods(
+    model: Annotated[str, typer.Option("--model", help="whose numbers and bytes are told")] = "smollm2-135m",
+) -> None:
+    """List the methods: settings, numbers trained, bytes of a round."""
     from fedtailor import checking
 
-    checking.list_methods(out)
+    checking.list_methods(out, model)
 
 
 @models_app.command("list")
@@ -162,6 +164,19 @@ def report_command(folder: Annotated[Path, typer.Argument(help="a run's folder")
     result = report.read(folder)
     out.print(report.table(result))
     out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="a finished run's folder")],
+    to: Annotated[Path, typer.Argument(help="a new folder")],
+    merge: Annotated[bool, typer.Option("--merge", help="into the base's weights: a plain transformers folder")] = False,
+) -> None:
+    """Put what a run learnt into a folder of its own: an adapter, or with --merge a whole model."""
+    from fedtailor import whole
+
+    whole.export(folder, to, merge=merge)
+    out.print(str(to), markup=False, highlight=False, soft_wrap=True)
 
 
 @federation_app.command("init")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from fedtailor.sources import Table
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-SILO_FIELDS = frozenset({"template", "answer", "label", "messages", "max_words", "max_train", "max_val", "max_test"})
+SILO_FIELDS = frozenset({"template", "image", "answer", "label", "messages", "max_words", "max_train", "max_val", "max_test"})
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Data:
     config: str = ""  # of a hub set
     revision: str = ""  # of a hub set
     template: str = ""  # the prompt, with {column} fields; {{ and }} are braces
+    image: str = ""  # for a vision base, in place of template: the column of the picture (see `images.read`)
     answer: str = ""  # generation: the column of the answer
     label: str = ""  # classification: the column of the label word, or of its number in `labels`
     messages: str = ""  # chat: the column of [{role, content}, ...]; the last turn is the assistant's
@@ -71,9 +72,11 @@ class Data:
             raise ValueError(f"set exactly one of answer, label and messages, not {' and '.join(said) or 'none'}")
         if self.messages and self.template:
             raise ValueError("template does not go with messages: the turns are the prompt; remove one of them")
-        if not self.messages and not self.template:
+        if self.image and (self.template or not self.label):
+            raise ValueError("image goes with label, and without template: the picture is all that a vision base looks at")
+        if not self.messages and not self.template and not self.image:
             raise ValueError('template is missing; write the prompt with {column} fields, such as "{text}"')
-        if not self.messages and not rows.columns(self.template):
+        if self.template and not rows.columns(self.template):
             raise ValueError(
                 f"template {self.template!r} has no field, so all prompts would be equal; add a {{column}}"
             )
@@ -261,7 +264,7 @@ def _choose(many: list[Row], limit: int | None, seed: int, silo: str) -> tuple[R
     """`limit` of the rows, in their order; the choice depends on what the rows are, not on where they stand."""
     if limit is None or len(many) <= limit:
         return tuple(many)
-    ranked = sorted(range(len(many)), key=lambda i: rows.digest("choose", seed, silo, astuple(many[i])))
+    ranked = sorted(range(len(many)), key=lambda i: rows.digest("choose", seed, silo, rows.plain(many[i])))
     return tuple(many[i] for i in sorted(ranked[:limit]))
 
 
@@ -287,5 +290,5 @@ def sha256(silos: Mapping[str, SiloData], parts: Sequence[str] = ("train", "val"
     whole = hashlib.sha256()
     for name, silo in silos.items():
         for part in parts:
-            whole.update(rows.digest(name, part, silo.labels, [astuple(row) for row in getattr(silo, part)]).encode())
+            whole.update(rows.digest(name, part, silo.labels, [rows.plain(row) for row in getattr(silo, part)]).encode())
     return whole.hexdigest()

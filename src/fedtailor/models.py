@@ -12,19 +12,23 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fedtailor import fetch, progress
+from fedtailor import added, fetch, images, progress
 from fedtailor.errors import SiloError, UserError, suggest
+from fedtailor.seq2seq import EncoderDecoder
 from fedtailor.tuned import ATTENTION, Tuned
+from fedtailor.vision import Looking
 
+Kind = Literal["causal", "encoder", "vision", "seq2seq"]
+RELATIVE = 512  # tokens that are read and said where positions are relative, as T5's are: what T5 was trained on
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -64,11 +68,13 @@ class Resident:
     """One loaded base with its tokenizer. Frozen; adapters are put on and taken off, never a copy made."""
 
     module: Any  # transformers model
-    tokenizer: Any
+    tokenizer: Any  # None of a vision model
     source: str  # what `from_pretrained` takes
     sha256: str  # over the weights: two silos with equal hashes have equal bases
-    tokenizer_sha256: str  # over its vocabulary, rules, marks and chat template
-    classifier: bool  # an encoder, scored by a head over its mean-pooled states; else a causal language model
+    tokenizer_sha256: str  # over its vocabulary, rules, marks and chat template; of a vision model over its `look`
+    kind: Kind
+    plan: added.Plan = field(default_factory=dict)  # its modules before anything is put on
+    look: images.Look | None = None  # of a vision model
     _tuned: dict[str, Tuned] = field(default_factory=dict)
 
     @property
@@ -76,11 +82,35 @@ class Resident:
         return torch.device(self.module.device)
 
     @property
+    def classifier(self) -> bool:
+        """Scored by a head over its mean-pooled states; else it writes."""
+        return self.kind in ("encoder", "vision")
+
+    @property
+    def task(self) -> str | None:
+        """As PEFT calls it. None for an encoder-decoder: its class for those asks transformers for a name that newer ones have
+        no more, and all that it does beyond the plain class is for virtual tokens."""
+        return {"causal": "CAUSAL_LM", "seq2seq": None}.get(self.kind, "FEATURE_EXTRACTION")
+
+    @property
+    def pad_id(self) -> int:
+        return 0 if self.tokenizer is None else int(self.tokenizer.pad_token_id)
+
+    @property
     def context(self) -> int:
-        """The longest row in tokens."""
-        return int(
-            getattr(self.module.config, "max_position_embeddings", 0) or self.module.config.n_positions
-        )
+        """The longest row in tokens; pictures are of one size, and have all the room they need."""
+        if self.kind == "vision":
+            return 2**31
+        config = self.module.config
+        if self.kind == "seq2seq" and not hasattr(config, "n_positions") and not hasattr(config, "max_position_embeddings"):
+            return min(int(self.tokenizer.model_max_length), RELATIVE)
+        return int(getattr(config, "max_position_embeddings", 0) or config.n_positions)
+
+    def save_reader(self, folder: Path) -> None:
+        """What turns rows into the model's input: the tokenizer, or the image processor where there is one."""
+        reader = self.tokenizer if self.look is None else self.look.processor
+        if reader is not None:
+            reader.save_pretrained(folder)
 
     def tuned(self, config: Any = None, classes: int = 0) -> Tuned:
         """The base with a PEFT config on it (None: the base alone, all weights nameable). Kept until another is asked.
@@ -89,23 +119,27 @@ class Resident:
         """
         key = json.dumps([None if config is None else config.to_dict(), classes], default=str, sort_keys=True)
         if key not in self._tuned:
-            for old in self._tuned.values():  # LoRA layers are put into the base: take them out before another goes on
-                if old.peft and not old.prefixed:
+            for old in self._tuned.values():  # what is put into the base is taken out before another goes on
+                if old.added is not None:
+                    old.added.take_off()
+                elif old.peft and not old.shift:
                     old.inner.unload()  # type: ignore[operator]
             self._tuned.clear()
             self._tuned[key] = self._put_on(config, classes)
         return self._tuned[key]
 
     def _put_on(self, config: Any, classes: int) -> Tuned:
-        inner = self.module
-        if config is not None:
+        inner, more = self.module, None
+        if hasattr(config, "attach"):
+            more = config.attach(self.module)
+        elif config is not None:
             import peft
 
             with torch.random.fork_rng():
                 torch.manual_seed(0)  # initial values are drawn by the method, from the experiment's seed
                 try:
                     inner = peft.get_peft_model(self.module, config)
-                except (ValueError, AttributeError, KeyError) as error:
+                except (ValueError, TypeError, AttributeError, KeyError) as error:
                     kind = type(self.module).__name__
                     raise UserError(f"[method] {config.peft_type.value} does not fit {kind}: {error}") from error
         head = None
@@ -113,12 +147,41 @@ class Resident:
             head = nn.Linear(self.module.config.hidden_size, max(classes, 1), device=self.device)
             nn.init.zeros_(head.weight)  # zero: every label equally likely before the first step
             nn.init.zeros_(head.bias)
-        return Tuned(inner, head=head)
+        if self.look is not None:
+            made: Tuned = Looking(inner, head=head, added=more, look=self.look)
+        else:
+            made = (EncoderDecoder if self.kind == "seq2seq" else Tuned)(inner, head=head, added=more)
+        if more is not None and more.loader:
+            self._tried(made, more)
+        return made
+
+    def _tried(self, made: Tuned, more: added.Added) -> None:
+        """What is put in front must be read by every layer that it is meant for. Raises UserError."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        row: tuple[Any, ...] = (one, one + 1, one) if self.kind == "seq2seq" else (one, one + 1, one, 1)
+        if self.look is not None:
+            shape = self.look.channels, self.look.height, self.look.width
+            row = (torch.zeros(1, *shape, dtype=torch.uint8, device=self.device),)
+        try:
+            with torch.no_grad():
+                made(*row)
+            why = "" if not more.unused else f"{sorted(more.unused)[0]} does not call transformers' attention interface"
+        except RuntimeError as error:
+            why = _first_line(error)
+        if why:
+            more.take_off()
+            kind = type(self.module).__name__
+            raise UserError(f"[method] {kind} takes nothing in front of its own: {why}; choose another method")
 
 
 def load(base: Base) -> Resident:
     """The resident of this source, revision and dtype: loaded the first time, the same object afterwards."""
     return _load(base.name, best_dtype() if base.dtype == "auto" else base.dtype, base.revision)
+
+
+def fresh(base: Base) -> Resident:
+    """The same base read once more, in fp32, for its reader to change."""
+    return _load.__wrapped__(base.name, "float32", base.revision)
 
 
 def loads() -> int:
@@ -171,7 +234,7 @@ def folder(name: str, *, again: bool = False) -> Path:
 
 @cache
 def _load(name: str, dtype: str, revision: str | None) -> Resident:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -183,11 +246,16 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
-        kind: Any = AutoModelForCausalLM if causal else AutoModel
+        kind: Kind = "seq2seq" if config.is_encoder_decoder else "causal" if causal else "encoder"
+        auto: Any = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM}.get(kind, AutoModel)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        module = kind.from_pretrained(
-            source, revision=revision, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
-        ).to(device)
+        how = {"dtype": getattr(torch, dtype), "attn_implementation": ATTENTION}
+        read = partial(auto.from_pretrained, source, revision=revision, **how)
+        module = (_without_pooler(read) if hasattr(config, "num_channels") else read()).to(device)
+        if module.main_input_name == "pixel_values":
+            if not hasattr(config, "hidden_size"):
+                raise ValueError("its config has no hidden_size, so it is no vision transformer")
+            return resident(module, None, source=source, kind="vision", look=_look(source, revision, config))
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except Exception as error:  # transformers raises many kinds for a missing, damaged or foreign model
         known = {*PACKAGED, "tiny"}
@@ -197,22 +265,43 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
             else f"no model, folder or reachable hub id{suggest(name, known)}"
         )
         raise UserError(f"[model] name = {name!r}: {where}: {_first_line(error)}") from error
-    return resident(module, tokenizer, source=source, classifier=not causal)
+    return resident(module, tokenizer, source=source, kind=kind)
 
 
-def resident(module: Any, tokenizer: Any, *, source: str, classifier: bool) -> Resident:
+def _without_pooler(read: Callable[..., Any]) -> Any:
+    """Vision models often come without the pooler's weights, and we read none: it would be made at random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            return read(add_pooling_layer=False)
+        except TypeError:  # it has none that could be left out
+            return read()
+
+
+def _look(source: str, revision: str | None, config: Any) -> images.Look:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ImportError):  # it brings none
+        processor = None
+    return images.look_of(config, processor)
+
+
+def resident(module: Any, tokenizer: Any, *, source: str, kind: Kind, look: images.Look | None = None) -> Resident:
     """Freeze a loaded transformers model and make it a resident."""
     module.eval().requires_grad_(False)
-    if not classifier:
+    if kind == "causal":
         # the last places of a batch are a strided view, for which matmul would copy the output weights once per row
         module.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    if tokenizer.pad_token_id is None:
+    if tokenizer is not None and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by the attention mask, never found by its id
     digest = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return Resident(module, tokenizer, source, digest.hexdigest(), _tokenizer_sha256(tokenizer), classifier)
+    reader = _tokenizer_sha256(tokenizer) if look is None else look.sha256()
+    return Resident(module, tokenizer, source, digest.hexdigest(), reader, kind, added.plan(module), look)
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str:

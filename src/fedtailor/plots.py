@@ -108,7 +108,8 @@ def _validation(entry: Mapping[str, Any]) -> dict[str, float]:
         # A diverged loss cannot be drawn; nan compares false.
         if isinstance(mean, int | float) and abs(mean) < 1e30:
             means[metric] = float(mean)
-    return means
+    gap = entry.get("gap")  # of the round's aggregation, no measure on rows
+    return means | ({"gap": float(gap)} if isinstance(gap, int | float) else {})
 
 
 def draw(
@@ -149,7 +150,7 @@ def draw(
     if cut:
         parts.append(f'<text class="note" x="{_WIDTH - _RIGHT}" y="{_TOP + 12}" text-anchor="end">'
                      f"values above {high:g} are cut off</text>")
-    spoken = escape(f"{label} on validation rows by round")
+    spoken = escape(f"{label}{'' if metric == 'gap' else ' on validation rows'} by round")
     return (f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">'
             + "".join(parts) + "</svg>")
 

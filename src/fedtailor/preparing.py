@@ -18,11 +18,12 @@ def prepare(experiment: Experiment, afar: Sequence[str] = ()) -> tuple[rows_of.L
     classes = any(rows.labels for rows in loaded.silos.values())
     resident = models.load(experiment.model)
     _answerable(experiment, resident, classes)
+    taken = 0
     if hasattr(experiment.method, "put_on"):
-        experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values()))
+        taken = experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values())).shift
     for seed in () if afar else experiment.seeds:  # another seed deals other rows, and draws other examples
         again = loaded if seed == experiment.seeds[0] else rows_of.load(experiment.data, experiment.silo, seed)
-        fits(resident, again.silos, taken=getattr(experiment.method, "virtual_tokens", 0))
+        fits(resident, again.silos, taken=taken)
         if "few_shot" in experiment.rows and not resident.classifier:
             _few_shot_fits(experiment, resident, again.silos, seed)
     return loaded, resident
@@ -71,8 +72,13 @@ def fits(
     resident: models.Resident, silos: Mapping[str, SiloData], taken: int = 0, advice: str = "shorten it or set data.max_words"
 ) -> None:
     """Every row fits the model's context beside `taken` virtual tokens. Raises UserError naming the first that does not."""
+    for name, rows in silos.items():  # a silo may map its own columns
+        pictures = {row.image is not None for split in ("train", "val", "test") for row in getattr(rows, split)}
+        if pictures - {resident.kind == "vision"}:
+            reads = "looks at pictures; set data.image" if resident.kind == "vision" else "reads text; set data.template"
+            raise UserError(f"silo {name!r}: the base, {resident.source}, {reads}, or [model] name to another base")
     if resident.classifier:
-        return  # an encoder's texts are cut to fit
+        return  # an encoder's texts are cut to fit, pictures to size
     for name, rows in silos.items():
         for split in ("train", "val", "test"):
             # a token is at least one byte: only rows that could be too long are tokenized, and chats, for their turns
@@ -94,7 +100,8 @@ def _measurable(experiment: Experiment, classes: bool) -> None:
 def _answerable(experiment: Experiment, resident: models.Resident, classes: bool) -> None:
     name = experiment.model.name
     if resident.classifier and not classes:
-        raise UserError(f"[model] name = {name!r}: an encoder tells labels, it writes no text; set data.label, or a causal model")
+        what = "a vision model" if resident.kind == "vision" else "an encoder"
+        raise UserError(f"[model] name = {name!r}: {what} tells labels, it writes no text; set data.label, or a causal model")
     if experiment.data.messages and not getattr(resident.tokenizer, "chat_template", None):
         raise UserError(f"[data] messages: {name!r} has no chat template; use template and answer, or a chat model")
 

@@ -44,8 +44,8 @@ class Metric:
 # Columns and lines stand in this order; what is not here comes after, under its own name. The page says what they mean.
 METRICS = {
     "accuracy": Metric("accuracy", "higher"), "macro_f1": Metric("macro F1", "higher"),
-    "rouge_l": Metric("ROUGE-L", "higher"), "bleu": Metric("BLEU", "higher"),
-    "exact_match": Metric("exact match", "higher"), "loss": Metric("loss", "lower"),
+    "rouge_l": Metric("ROUGE-L", "higher"), "bleu": Metric("BLEU", "higher"), "exact_match": Metric("exact match", "higher"),
+    "loss": Metric("loss", "lower"), "gap": Metric("exactness gap of the aggregation", "lower"),
 }
 ROWS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "alone": "alone", "alone.own": "alone, own",
         "federated": "federated", "centralized": "centralized"}
@@ -264,7 +264,7 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     kinds = plots.colours(_ordered([*(line.key for line in found), *(curve.row for curve in curves)], ROWS))
     best = {} if folders else {line.key: line.row["best_round"] for line in found if "best_round" in line.row}
     panels = {name: Markup(plots.draw(curves, name, metric_of(name).label, kinds, best))
-              for name in dict.fromkeys(("loss", first))}
+              for name in dict.fromkeys(("loss", first, "gap"))}
     per_silo = {line.key: _per_silo(line, first) for line in found if _per_silo(line, first)}
     # `alone` counts per silo over all tests; beside the other rows' bars only its models' own tests can stand.
     alone = per_silo.pop("alone", {})

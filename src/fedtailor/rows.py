@@ -6,10 +6,11 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from fedtailor import images
 from fedtailor.errors import UserError, suggest
 from fedtailor.sources import Table
 
@@ -29,6 +30,7 @@ class Row:
     answer: str
     id: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
+    image: images.Image | None = None  # what a vision base looks at; its `prompt` is ""
 
     def words(self) -> int:
         """Of the prompt, or of all turns before the answer."""
@@ -65,7 +67,7 @@ def missing(setting: str, column: str, table: Table) -> list[str]:
 def lacking(place: str, data: Data, table: Table) -> list[str]:
     """The errors, one for each column that the settings name and the table lacks."""
     named = [("template", column) for column in columns(data.template)]
-    named += [(setting, getattr(data, setting)) for setting in ("answer", "label", "messages") if getattr(data, setting)]
+    named += [(setting, getattr(data, setting)) for setting in ("answer", "label", "messages", "image") if getattr(data, setting)]
     return [error for setting, column in named for error in missing(f"{place} {setting}", column, table)]
 
 
@@ -89,6 +91,8 @@ def content(data: Data, table: Table, index: int) -> str:
     """What decides a row's split: the values that make the prompt, without the wording around them or the answer."""
     if data.messages:
         return json.dumps(_turns(data, table, index)[:-1], ensure_ascii=False, sort_keys=True)
+    if data.image:  # by what is in the picture, not by the name of its file
+        return _image(data, table, index).sha256()
     return json.dumps(
         {c: str(value(c, table, index)) for c in columns(data.template)}, ensure_ascii=False, sort_keys=True
     )
@@ -96,6 +100,7 @@ def content(data: Data, table: Table, index: int) -> str:
 
 def make(data: Data, labels: tuple[str, ...], table: Table, index: int, silo: str) -> Row:
     """`labels` matters for classification only. Raises UserError, with the row's place."""
+    image = _image(data, table, index) if data.image else None
     if data.messages:
         *before, last = _turns(data, table, index)
         prompt, answer, messages = "", last["content"].strip(), tuple(before)
@@ -106,8 +111,22 @@ def make(data: Data, labels: tuple[str, ...], table: Table, index: int, silo: st
             _label(data.label, labels, table, index, silo) if data.label else word(data.answer, table, index, "answer")
         )
     given = table.rows[index].get("id")
-    id = str(given) if given is not None else digest(prompt, messages, answer)[:12]
-    return Row(prompt, answer, id, messages)
+    told = (prompt, messages, answer) if image is None else (image.sha256(), answer)
+    id = str(given) if given is not None else digest(*told)[:12]
+    return Row(prompt, answer, id, messages, image)
+
+
+def plain(row: Row) -> tuple[Any, ...]:
+    """All of a row as what `digest` takes."""
+    *told, _ = astuple(replace(row, image=None))
+    return (*told, row.image.sha256()) if row.image is not None else tuple(told)
+
+
+def _image(data: Data, table: Table, index: int) -> images.Image:
+    try:
+        return images.read(value(data.image, table, index), table.folder)
+    except ValueError as error:
+        raise UserError(f"{table.place(index)}: column {data.image!r}: {error}") from None
 
 
 def digest(*what: Any) -> str:

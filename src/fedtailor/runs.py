@@ -122,7 +122,7 @@ class Run:
             "dtype": str(resident.module.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
             "cohort": max([1, *self.plan["cohort"].values()]) if cohort == "auto" else cohort,
             "model": resident.source if resident.source == "tiny" else self.experiment.model.name,
-            "model_sha256": resident.sha256, "data_sha256": data_sha256,
+            "model_kind": resident.kind, "model_sha256": resident.sha256, "data_sha256": data_sha256,
         }  # fmt: skip
 
     def _result(self, environment: Mapping[str, Any], seeds: list[int], rows: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Table:
     rows: list[Record]
     columns: tuple[str, ...]
     lines: tuple[int, ...] = ()  # of the rows, where the format has lines
+    folder: Path = Path()  # where the paths in it begin
 
     def place(self, index: int) -> str:
         """`reviews.jsonl line 17`, or `reviews.parquet row 17`, counted from 1."""
@@ -47,7 +48,8 @@ def read(source: str, *, config: str = "", revision: str = "", split_column: str
     """
     path = Path(source).expanduser()
     if source in demo.names():
-        return _jsonl(demo.fetch(source), source)
+        made = demo.fetch(source)  # .parquet where rows hold bytes
+        return READERS[made.suffix](made, source)
     if path.is_dir():
         return _saved(path, split_column)
     if path.is_file():
@@ -56,7 +58,7 @@ def read(source: str, *, config: str = "", revision: str = "", split_column: str
                 f"[data] source {source!r}: unknown format {path.suffix!r} (choices: {', '.join(sorted(READERS))}, or "
                 f"a folder written by datasets.save_to_disk); convert the file to one of them"
             )
-        return READERS[path.suffix.lower()](path, path.name)
+        return replace(READERS[path.suffix.lower()](path, path.name), folder=path.parent)
     if path.suffix.lower() in READERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"[data] source {source!r}: there is no such file; looked for {path.absolute()}")
     if source.count("/") == 1:
@@ -187,6 +189,9 @@ def _from_datasets(found: Any, name: str, split_column: str) -> Table:
     known = {split: part for split, part in apart.items() if split in SPLITS} or apart
     rows: list[Record] = []
     for split, part in known.items():
+        for column, feature in part.features.items():
+            if type(feature).__name__ == "Image":  # the file's own bytes: as equal as the files are
+                part = part.cast_column(column, replace(feature, decode=False))
         classes = {column: feature for column, feature in part.features.items() if hasattr(feature, "int2str")}
         for row in part:
             named = {c: row[c] if row[c] is None or row[c] < 0 else classes[c].int2str(row[c]) for c in classes}

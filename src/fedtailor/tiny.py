@@ -1,4 +1,4 @@
-"""A causal language model of random weights, made in code in milliseconds: for `experiments/tiny.toml` and tests."""
+"""Models of random weights, made in code in milliseconds: for `experiments/tiny.toml` and tests."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedtailor import images
 from fedtailor.tuned import ATTENTION
 
 if TYPE_CHECKING:
-    from fedtailor.models import Resident
+    from fedtailor.models import Kind, Resident
+
+KINDS: dict[str, Kind] = {"llama": "causal", "gpt2": "causal", "bert": "encoder", "vit": "vision", "t5": "seq2seq"}
 
 
 def tiny(dtype: str = "float32", architecture: str = "llama") -> Resident:
-    """Two layers of width 32 over 259 byte tokens. `architecture`: llama, gpt2 (causal) or bert (encoder)."""
+    """Two layers of width 32, over 259 byte tokens or grey pictures of 28 x 28. `architecture`: one of `KINDS`."""
     from fedtailor.models import resident
 
     with torch.random.fork_rng():
@@ -21,7 +24,10 @@ def tiny(dtype: str = "float32", architecture: str = "llama") -> Resident:
         module = _module(architecture)
     module = module.to(getattr(torch, dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return resident(module.to(device), byte_tokenizer(), source="tiny", classifier=architecture == "bert")
+    kind = KINDS[architecture]
+    look = images.look_of(module.config) if kind == "vision" else None
+    tokenizer = None if kind == "vision" else byte_tokenizer()
+    return resident(module.to(device), tokenizer, source="tiny", kind=kind, look=look)
 
 
 def _module(architecture: str) -> Any:
@@ -34,6 +40,13 @@ def _module(architecture: str) -> Any:
         config = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **common, **marks)
         return hf.GPT2LMHeadModel(config)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    if architecture == "vit":
+        seen = {"image_size": 28, "patch_size": 7, "num_channels": 1, "attn_implementation": ATTENTION}
+        return hf.ViTModel(hf.ViTConfig(**sizes, **seen), add_pooling_layer=False)
+    if architecture == "t5":
+        said = {"pad_token_id": 256, "eos_token_id": 257, "decoder_start_token_id": 256, "n_positions": 512, "dropout_rate": 0.0}
+        t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        return hf.T5ForConditionalGeneration(hf.T5Config(**t5, **common, **said))
     if architecture == "bert":
         return hf.BertModel(hf.BertConfig(**sizes, **common, pad_token_id=256, max_position_embeddings=512))
     config = hf.LlamaConfig(

@@ -7,7 +7,7 @@ silos; what is not elementwise (gradients, the norm to clip) is computed per sil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtailor import progress
-from fedtailor.answering import Encoded, batch, class_batch, encode, encode_classes, with_end
+from fedtailor.answering import trainable
 from fedtailor.data import SiloData
 from fedtailor.models import Resident
-from fedtailor.tuned import Batch, Tensors, Tuned, stack
+from fedtailor.tuned import Batch, Tensors, Tuned, joined, stack
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -47,6 +47,7 @@ class Outcome:
     loss: list[float]  # mean nats per label place over the steps, as trained (before each update)
     places: list[int]
     failed: list[str | None]  # why this silo's result must not be used
+    gradient: Tensors  # mean over the steps, before clipping and drift; only where there is drift
 
 
 def draw(resident: Resident, data: SiloData, how: Local, seed: int, taken: int = 0) -> list[list[Batch]]:
@@ -62,15 +63,9 @@ def draw(resident: Resident, data: SiloData, how: Local, seed: int, taken: int =
     while len(order) < wanted:
         order += torch.randperm(len(rows), generator=dice).tolist()
     chosen = [rows[i] for i in order[:wanted]]
-    pad = int(resident.tokenizer.pad_token_id)
-    stop = not data.labels or with_end(resident, data.labels)
-    make: Callable[[Sequence[Encoded], int], Batch]
-    if resident.classifier:
-        items, make = encode_classes(resident, chosen, data.labels, taken), class_batch
-    else:
-        items, make = encode(resident, chosen, stop=stop, taken=taken), batch
+    items, make = trainable(resident, chosen, data.labels, taken)
     items = sorted(items, key=len)
-    batches = [make(items[i : i + how.batch_size], pad) for i in range(0, wanted, how.batch_size)]
+    batches = [make(items[i : i + how.batch_size]) for i in range(0, wanted, how.batch_size)]
     batches = [batches[i] for i in torch.randperm(passes, generator=dice).tolist()]
     return [batches[i : i + how.accumulate] for i in range(0, passes, how.accumulate)]
 
@@ -82,8 +77,13 @@ def train(
     silos: Sequence[tuple[SiloData, int]],
     how: Local,
     moments: Sequence[Mapping[str, Tensor]],
+    fixed: Mapping[str, Tensor] | None = None,
+    drift: Sequence[Mapping[str, Tensor]] = (),
 ) -> Outcome:
     """`len(how.lrs)` steps for each of the silos (rows, seed) from the same start. `moments`: one per silo, may be empty.
+
+    `fixed`: tensors that are used and not trained (`tuned.joined`). `drift`: one per silo, added to each of its gradients
+    (SCAFFOLD); then the mean gradient is in the outcome.
 
     One silo takes the plain step; several take the cohort step. A silo whose loss stops being finite is named in
     `failed`; the others are not touched by it.
@@ -97,6 +97,9 @@ def train(
     state = _moments(tensors, moments, how)
     drawn = [draw(resident, data, how, seed, tuned.shift) for data, seed in silos]
     gradient = _plain if count == 1 else _cohort
+    still = {n: t.to(device) for n, t in (fixed or {}).items()}
+    drifts = {n: torch.stack([one[n].to(device) for one in drift]) for n in start} if drift else {}
+    mean_gradient: Tensors = {}
     total, places = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
     failed: list[str | None] = [None] * count
     with progress.bar("local steps", len(how.lrs)) as advance:
@@ -106,7 +109,7 @@ def train(
             for part in range(how.accumulate):
                 one = [batches[step][part] for batches in drawn]
                 seed = silos[0][1] + step * how.accumulate + part if how.dropout else None
-                more, part_nll, part_seen = gradient(tuned, tensors, one, resident, seed)
+                more, part_nll, part_seen = gradient(tuned, tensors, still, one, resident, seed)
                 grads = {n: g if n not in grads else grads[n] + g for n, g in more.items()}
                 nll, seen = nll + part_nll, seen + part_seen
             for s in range(count):
@@ -123,6 +126,10 @@ def train(
             with torch.no_grad():
                 for n, g in grads.items():
                     g.mul_(_along(scale, g))
+                    if drifts:
+                        part_of = g / len(how.lrs)
+                        mean_gradient[n] = mean_gradient[n] + part_of if n in mean_gradient else part_of
+                        g.add_(drifts[n])
                     if how.prox:
                         g.add_(tensors[n] - anchor[n], alpha=how.prox)
                 if how.clip:
@@ -133,21 +140,21 @@ def train(
         if failed[s] is None and not all(bool(t[s].isfinite().all()) for t in tensors.values()):
             failed[s] = "the tensors are not finite after the last local step: lower method.lr or method.clip"
     loss = (total / places.clamp(min=1)).tolist()
-    return Outcome(tensors, state, loss, places.tolist(), failed)
+    return Outcome(tensors, state, loss, places.tolist(), failed, mean_gradient)
 
 
 def _plain(
-    tuned: Tuned, tensors: Tensors, batches: Sequence[Batch], resident: Resident, seed: int | None
+    tuned: Tuned, tensors: Tensors, fixed: Tensors, batches: Sequence[Batch], resident: Resident, seed: int | None
 ) -> tuple[Tensors, Tensor, Tensor]:
     """Gradient of one silo's summed loss by ordinary autograd: the reference for the cohort step."""
     leaves = {n: t[0].detach().requires_grad_() for n, t in tensors.items()}
     some = batches[0].to(resident.device)
     if seed is None:
-        nll, seen = tuned.losses(leaves, some)
+        nll, seen = tuned.losses(joined(leaves, fixed), some)
         found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
     else:
         with tuned.dropping(seed):
-            nll, seen = tuned.losses(leaves, some)
+            nll, seen = tuned.losses(joined(leaves, fixed), some)
             found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
     grads = {
         n: (torch.zeros_like(t) if g is None else g)[None] for (n, t), g in zip(leaves.items(), found, strict=True)
@@ -156,13 +163,13 @@ def _plain(
 
 
 def _cohort(
-    tuned: Tuned, tensors: Tensors, batches: Sequence[Batch], resident: Resident, seed: int | None
+    tuned: Tuned, tensors: Tensors, fixed: Tensors, batches: Sequence[Batch], resident: Resident, seed: int | None
 ) -> tuple[Tensors, Tensor, Tensor]:
     """The same for S silos in one pass over the shared base: `vmap` over stacked tensors and batches."""
-    some = stack(list(batches), int(resident.tokenizer.pad_token_id)).to(resident.device)
+    some = stack(list(batches), resident.pad_id).to(resident.device)
 
     def summed(mine: Tensors, *fields: Tensor) -> tuple[Tensor, Tensor]:
-        return tuned.losses(mine, Batch(*fields))
+        return tuned.losses(joined(mine, fixed), Batch(*fields))
 
     each = torch.func.vmap(torch.func.grad_and_value(summed, has_aux=True))
     fields = [getattr(some, name) for name in Batch.__dataclass_fields__]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,8 +21,10 @@ from fedtailor import aggregate, training, wire
 from fedtailor.answering import Answers
 from fedtailor.core import Ask, Method, Silo, in_silo
 from fedtailor.errors import RunError, SiloError
+from fedtailor.exporting import save_adapter
+from fedtailor.methods import targets
 from fedtailor.models import Resident
-from fedtailor.tuned import Tensors, Tuned
+from fedtailor.tuned import Tensors, Tuned, joined
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -51,6 +53,8 @@ class Train:
     method: Averaging
     tensors: Tensors
     lrs: tuple[float, ...]
+    fixed: Tensors = field(default_factory=dict)  # used, and not trained this round: see `tuned.joined`
+    control: Tensors = field(default_factory=dict)  # SCAFFOLD's, of the server
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Trained:
     delta: Tensors  # fp32, same names and shapes as asked
     weight: float  # rows seen this round
     loss: float  # mean nats per label place while training; lower is better
+    control: Tensors = field(default_factory=dict)  # SCAFFOLD: the change of the silo's mean gradient
 
     def problem(self, asked: Train) -> str | None:
         """Why this reply must not be averaged in, or None."""
@@ -70,6 +75,8 @@ class Trained:
             got = self.delta[name]
             if got.shape != like.shape or got.dtype != torch.float32:
                 return f"{name} is {got.dtype} {tuple(got.shape)}, asked float32 {tuple(like.shape)}"
+        if {n: t.shape for n, t in self.control.items()} != {n: t.shape for n, t in asked.control.items()}:
+            return "control variates differ from those asked"
         if (bad := wire.not_finite(self)) is not None:
             return f"{bad} is not finite"
         if not math.isfinite(self.loss):
@@ -88,6 +95,9 @@ class State:
 
     tensors: Tensors
     moments: Tensors = field(default_factory=dict)
+    fixed: Tensors = field(default_factory=dict)  # of what is served, beside the tensors: see `tuned.joined`
+    control: Tensors = field(default_factory=dict)
+    silos: int = 0  # of the federation, this round's or not
     notes: Mapping[str, float] = field(default_factory=dict)  # goes into the log of rounds
 
 
@@ -109,6 +119,8 @@ class Adapted:
 class Averaging(Method[State], abc.ABC):
     """Settings shared by all that train by gradients. Rows per silo and round: local_steps * batch_size * accumulate."""
 
+    FOR: ClassVar[tuple[str, ...]] = ("causal", "encoder", "vision", "seq2seq")  # kinds of base that it can be put on
+
     lr: Positive = 1e-3
     local_steps: Count = 8
     batch_size: Count = 8
@@ -117,7 +129,8 @@ class Averaging(Method[State], abc.ABC):
     optimizer_state: Literal["reset", "keep"] = "reset"  # a silo's moments: fresh each round, or kept in its memory
     weight_decay: NotNegative = 0.0
     clip: NotNegative = 1.0  # of each silo's gradient norm; 0: none
-    prox: NotNegative = 0.0  # FedProx's mu
+    prox: NotNegative = 0.0  # FedProx's mu (Li et al. 2020)
+    scaffold: bool = False  # control variates (Karimireddy et al. 2020): twice the bytes
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # over all rounds
     warmup_rounds: NotNegative = 0.0
     aggregate: str = "mean"
@@ -141,7 +154,17 @@ class Averaging(Method[State], abc.ABC):
         """Whether what is trained has dropout of its own."""
         return False
 
+    @property
+    def cohort(self) -> bool:
+        """Whether many silos can train in one pass."""
+        return not self.dropping
+
+    def mine(self, settings: Mapping[str, Any]) -> Averaging:
+        """This method with a silo's own settings."""
+        return replace(self, **settings)
+
     def put_on(self, resident: Resident, labels: int) -> Tuned:
+        targets.claimed(self, resident)
         return resident.tuned(self.config(resident), labels if resident.classifier else 0)
 
     def begin(self, ask: Ask) -> State:
@@ -150,35 +173,60 @@ class Averaging(Method[State], abc.ABC):
         for name in ask.silos:
             try:
                 (reply,) = ask(start, Begin(self), to=[name])
-                return State(reply.body.tensors)
+                return State(reply.body.tensors, silos=len(ask.silos))
             except RunError as error:  # this silo cannot: the next
                 why.append(str(error))
         raise RunError(f"no silo could make the first tensors; {'; '.join(why[:3])}")
 
     def round(self, state: State, ask: Ask) -> State:
-        body = Train(self, state.tensors, self.lrs(ask.round, ask.rounds))
+        body = self.asked(state, ask)
         if self.aggregate == "mean":
             total = ask.total(train, body)
-            weight, summed = total.weight, total.sum
+            weight, summed, silos = total.weight, total.sum, len(total.silos)
             delta, loss = {n: d / weight for n, d in summed.delta.items()}, summed.loss / weight
+            shift = {n: c / weight for n, c in summed.control.items()}
         else:
             replies = [reply.body for reply in ask(train, body)]
-            delta = aggregate.find(self.aggregate)([(r.delta, r.weight) for r in replies])
+            combine, silos = aggregate.find(self.aggregate), len(replies)
+            delta = combine([(r.delta, r.weight) for r in replies])
+            shift = combine([(r.control, r.weight) for r in replies])
             if not all(bool(d.isfinite().all()) for d in delta.values()):
                 raise RunError(f"round {ask.round}: method.aggregate = {self.aggregate!r} gave numbers that are not finite")
-            loss = math.fsum(r.loss * r.weight for r in replies) / math.fsum(r.weight for r in replies)
-        tensors, moments = self.moved(state, delta)
-        return State(tensors, moments, {"train_loss": loss, "delta_norm": _norm(delta)})
+            loss = mean_loss(replies)
+        return self.stepped(state, body, delta, {"train_loss": loss}, shift, silos)
+
+    def asked(self, state: State, ask: Ask) -> Train:
+        """What goes down in this round."""
+        tensors, fixed = self.split(state, ask.round)
+        blank = {n: torch.zeros_like(t) for n, t in tensors.items()} if self.scaffold else {}
+        control = {n: state.control.get(n, t) for n, t in blank.items()}
+        return Train(self, tensors, self.lrs(ask.round, ask.rounds), fixed, control)
+
+    def split(self, state: State, number: int) -> tuple[Tensors, Tensors]:
+        """The tensors that round `number` trains, and those that are used as they are."""
+        return state.tensors, state.fixed
+
+    def stepped(
+        self, state: State, body: Train, delta: Tensors, notes: Mapping[str, float], shift: Tensors, silos: int
+    ) -> State:
+        """The state after the mean change `delta`. `shift`: of the control variates, by `silos` of all silos."""
+        tensors, moments = self.moved(replace(state, tensors=body.tensors), delta)
+        part = silos / max(state.silos, silos)
+        control = {n: body.control[n] + part * c for n, c in shift.items()}
+        return replace(
+            state, tensors={**state.tensors, **tensors}, moments={**state.moments, **moments},
+            control={**state.control, **control}, notes={**notes, "delta_norm": _norm(delta)},
+        )  # fmt: skip
 
     def serve(self, state: State) -> Adapted:
         head = state.tensors.get("head.bias")
-        return Adapted(self, state.tensors, 0 if head is None else len(head))
+        return Adapted(self, joined(state.tensors, state.fixed), 0 if head is None else len(head))
 
     def pooled(self, silos: int) -> Averaging:
         """One pooled silo: as many local steps as all silos take, optimizer kept, nothing that is meant for many silos."""
         return replace(
             self, local_steps=self.local_steps * silos, optimizer_state="keep", server_optimizer="none", server_lr=1.0,
-            aggregate="mean", prox=0.0, max_delta_norm=None,
+            aggregate="mean", prox=0.0, scaffold=False, max_delta_norm=None,
         )  # fmt: skip
 
     def lrs(self, number: int, rounds: int) -> tuple[float, ...]:
@@ -227,35 +275,15 @@ class Averaging(Method[State], abc.ABC):
 
     def example(self, resident: Resident, labels: int) -> Trained:
         """A reply as it would leave a silo, of the same size but for a digit of the loss: what `fedtailor check` lists."""
-        tuned = self.put_on(resident, labels)
+        tensors, _ = self.split(State(self.put_on(resident, labels).tensors()), 1)
         rows = self.local_steps * self.batch_size * self.accumulate
-        return Trained({n: torch.zeros_like(t) for n, t in tuned.tensors().items()}, float(rows), 1.2345678901234567)
+        zeros = {n: torch.zeros_like(t) for n, t in tensors.items()}
+        return Trained(zeros, float(rows), 1.2345678901234567, zeros if self.scaffold else {})
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """A folder that `PeftModel.from_pretrained(base, folder)` loads."""
+        """A folder that `PeftModel.from_pretrained(base, folder)` loads; of what PEFT has not, one with its own load.py."""
         tuned = self.put_on(resident, 0 if "head.bias" not in tensors else len(tensors["head.bias"]))
         save_adapter(tuned, tensors, folder)
-
-
-def save_adapter(tuned: Tuned, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """PEFT's own format; an encoder's head goes beside it as head.safetensors."""
-    from safetensors.torch import save_file
-
-    parameters = {name: p for name, p in tuned.inner.named_parameters() if name in tensors}
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    _place(parameters, tensors)
-    try:
-        tuned.inner.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
-    finally:  # what is on the resident starts the next row: it must not have learnt from this one
-        _place(parameters, before)
-    if tuned.head is not None:
-        save_file({n: tensors[n].contiguous() for n in ("head.weight", "head.bias")}, folder / "head.safetensors")
-
-
-def _place(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
 
 
 def _norm(tensors: Tensors) -> float:
@@ -270,38 +298,51 @@ def start(silo: Silo, body: Begin) -> Initial:
     return Initial(body.method.initial(resident, tuned, silo.seed))
 
 
+def mean_loss(replies: Sequence[Trained]) -> float:
+    return math.fsum(r.loss * r.weight for r in replies) / math.fsum(r.weight for r in replies)
+
+
 def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failure]:
     """The cohort step: all silos in one pass. Silos with settings of their own take the plain step."""
     if any(silo.data.settings for silo in silos) and len(silos) > 1:
         return [done for silo in silos for done in train_many([silo], body)]
     resident = silos[0].models["base"]
-    method = replace(body.method, **silos[0].data.settings)
+    method = body.method.mine(silos[0].data.settings)
     tuned = method.put_on(resident, len(silos[0].data.labels))
-    begun = (
-        {n: _cut(body.tensors[n], like.shape) for n, like in tuned.tensors().items()}
-        if method != body.method
-        else body.tensors
-    )
+    begun, fixed, control = body.tensors, body.fixed, body.control
+    if method != body.method:  # a silo of lower rank or fewer virtual tokens
+        shapes = {n: t.shape for n, t in tuned.tensors().items()}
+        begun, fixed, control = (
+            {n: _cut(t, shapes[n]) if n in shapes else t for n, t in some.items()} for some in (begun, fixed, control)
+        )
     kept = method.optimizer_state == "keep"
     moments = [silo.memory.get("moments", {}) if kept else {} for silo in silos]
+    mine = [{n: silo.memory.get("control", {}).get(n, torch.zeros_like(c)) for n, c in control.items()} for silo in silos]
+    drift = [{n: c - own[n] for n, c in control.items()} for own in mine] if control else ()
     lrs = body.lrs if method.local_steps == body.method.local_steps else _stretch(body.lrs, method.local_steps)
     how = method.local(tuple(lr * method.lr / body.method.lr for lr in lrs))
-    done = training.train(resident, tuned, begun, [(silo.data, silo.seed) for silo in silos], how, moments)
+    some = [(silo.data, silo.seed) for silo in silos]
+    done = training.train(resident, tuned, begun, some, how, moments, fixed, drift)
     replies: list[Trained | wire.Failure] = []
     for s, silo in enumerate(silos):
         if (why := done.failed[s]) is not None:
             replies.append(wire.Failure(why))
             continue
-        if kept:
-            silo.memory["moments"] = training.moments_of(done, s)
+        if kept:  # of what another round trained, the moments stay
+            silo.memory["moments"] = {**silo.memory.get("moments", {}), **training.moments_of(done, s)}
         delta = {n: _padded(done.tensors[n][s].cpu() - begun[n], t.shape) for n, t in body.tensors.items()}
-        replies.append(Trained(delta, float(len(how.lrs) * how.batch_size * how.accumulate), done.loss[s]))
+        shift = {}
+        if control:
+            gradient = {n: done.gradient[n][s].cpu() for n in control}
+            shift = {n: _padded(g - mine[s][n], body.control[n].shape) for n, g in gradient.items()}
+            silo.memory["control"] = {**silo.memory.get("control", {}), **gradient}
+        replies.append(Trained(delta, float(len(how.lrs) * how.batch_size * how.accumulate), done.loss[s], shift))
     return replies
 
 
 def probe(body: Train) -> Train | None:
     """One local step, for timing a cohort; None where a cohort cannot stand in for the plain step."""
-    if body.method.dropping:
+    if not body.method.cohort:
         return None
     return replace(body, method=replace(body.method, local_steps=1), lrs=body.lrs[:1])
 

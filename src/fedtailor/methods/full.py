@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedtailor.methods.averaging import Averaging, Positive
 from fedtailor.models import Resident
+from fedtailor.tuned import HEAD
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,19 @@ class Full(Averaging):
         return None
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """A folder that `AutoModelForCausalLM.from_pretrained` (an encoder: `AutoModel`) loads, in fp32 as trained."""
+        """A folder that `AutoModelForCausalLM.from_pretrained` (an encoder or a vision model: `AutoModel`; an encoder-decoder:
+        `AutoModelForSeq2SeqLM`) loads, in fp32 as trained."""
         from safetensors.torch import save_file
         from transformers import AutoConfig
 
-        weights = {n: t for n, t in tensors.items() if not n.startswith("head.")}
+        weights = {n: t for n, t in tensors.items() if n not in HEAD}
         buffers = {n: t for n, t in resident.module.state_dict().items() if n not in weights}
         tied = set(getattr(resident.module, "_tied_weights_keys", None) or ())
         whole = weights | {n: t for n, t in buffers.items() if n not in tied}
         resident.module.save_pretrained(folder, state_dict={n: t.contiguous() for n, t in whole.items()})
-        resident.tokenizer.save_pretrained(folder)
+        resident.save_reader(folder)
         config = AutoConfig.from_pretrained(folder)
         config.dtype = torch.float32  # of the weights as saved; the base's own would round them at loading
         config.save_pretrained(folder)
-        if head := {n: t for n, t in tensors.items() if n.startswith("head.")}:
+        if head := {n: t for n, t in tensors.items() if n in HEAD}:
             save_file(head, folder / "head.safetensors")

@@ -15,8 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtailor import ahead
 from fedtailor.errors import UserError
-from fedtailor.methods.averaging import Averaging, Count, Positive, save_adapter
+from fedtailor.exporting import save_adapter
+from fedtailor.methods.averaging import Averaging, Count, Positive
+from fedtailor.methods.targets import KINDS
+from fedtailor.methods.virtual import begins, instruction, room
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors, Tuned
 
@@ -38,15 +42,16 @@ class Prefix(Averaging):
     projection_size: Annotated[int, Field(ge=1)] = 256  # hidden width of the MLP
 
     def config(self, resident: Resident) -> Any:
+        if resident.kind in ("vision", "seq2seq"):  # no cache to hold a prefix, or one that PEFT fills with few layers' own
+            if self.projection:
+                what = KINDS[resident.kind]
+                raise UserError(f"[method] projection: {what} takes a flat prefix; set method.projection = false")
+            return ahead.Keys(ahead.attentions(resident.plan), self.virtual_tokens)
         from peft import PrefixTuningConfig
 
-        if self.virtual_tokens >= resident.context:
-            raise UserError(
-                f"[method] virtual_tokens = {self.virtual_tokens} leaves no room in a context of {resident.context} tokens"
-            )
         return PrefixTuningConfig(
-            task_type="FEATURE_EXTRACTION" if resident.classifier else "CAUSAL_LM",
-            num_virtual_tokens=self.virtual_tokens,
+            task_type=resident.task,
+            num_virtual_tokens=room(self.virtual_tokens, resident),
             prefix_projection=self.projection,
             encoder_hidden_size=self.projection_size,
         )
@@ -59,6 +64,8 @@ class Prefix(Averaging):
         head = {n: t for n, t in tuned.tensors().items() if n[:5] == "head."}
         if not self.init_text or resident.classifier:
             return tensors | head
+        if resident.kind == "seq2seq":
+            return self._read(resident)
         wanted = self._activations(resident)
         if not self.projection:
             return {WEIGHT: wanted}
@@ -70,12 +77,20 @@ class Prefix(Averaging):
         tensors[f"{LAST}.weight"] = (torch.linalg.pinv(inside) @ (wanted - middle)).T.contiguous()
         return tensors
 
+    def _read(self, resident: Resident) -> Tensors:
+        """What an encoder-decoder's attentions make of the text, read by both halves."""
+        ids = torch.tensor([begins(self.init_text, self.virtual_tokens, resident)], device=resident.device)
+        bare = resident.tuned()
+        with torch.no_grad():
+            return ahead.captured(
+                resident.module, ahead.attentions(resident.plan), lambda: bare.using(None, ids, torch.ones_like(ids), ids)
+            )
+
     def _activations(self, resident: Resident) -> Tensor:
         """(virtual_tokens, layers * 2 * width): the text's keys and values as a flat prefix."""
         from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 
-        ids = resident.tokenizer(self.init_text, add_special_tokens=False).input_ids
-        ids = (ids * (self.virtual_tokens // len(ids) + 1))[: self.virtual_tokens]
+        ids = begins(self.init_text, self.virtual_tokens, resident)
         bare = resident.tuned()
         with torch.no_grad():
             some = torch.tensor([ids], device=resident.device)
@@ -99,7 +114,4 @@ class Prefix(Averaging):
         save_adapter(method.put_on(resident, 0 if head is None else len(head)), collapsed, folder)
 
     def __post_init__(self) -> None:
-        if self.init_text and not self.init_text.strip():
-            raise ValueError(
-                "init_text is only white space; write an instruction, or leave it empty for a random start"
-            )
+        instruction(self.init_text)
