@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
+from fedtailor.engines import kit as kits
 from fedtailor.engines import nvflare_admin, nvflare_kit
 from fedtailor.engines.courier import Answer
-from fedtailor.engines.kit import WORKER
 from fedtailor.engines.nvflare import NVFlare
 
 SILOS = ("cafe", "clinic", "shop")
@@ -159,7 +159,7 @@ def listening(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[Non
 @contextmanager
 def worker_at(kit: Path, place: str) -> Iterator[None]:
     """This silo's courier looks for its worker there."""
-    said = kit / "local" / WORKER
+    said = kit / "local" / kits.WORKER
     said.write_text(f"{place}\n")
     try:
         yield
