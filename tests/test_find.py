@@ -35,7 +35,7 @@ def test_a_method_of_another_package_is_found_by_its_address() -> None:
 
 @pytest.mark.parametrize("name", ["loar", "averaging", "", "_prefix", "../prefix", "methods.prefix"])
 def test_an_unknown_method_is_refused_with_the_choices(name: str) -> None:
-    with pytest.raises(UserError, match=r"no such method.*\(choices: full, .*lora, .*prefix.*\); or give"):
+    with pytest.raises(UserError, match=r"no such method.*\(choices: adapter, .*full, .*lora, .*prefix.*\); or give"):
         find.method(name)
 
 
