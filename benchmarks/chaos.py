@@ -111,6 +111,8 @@ def chaos(folder: Path, rounds: int, strikes: int, seed: int) -> int:
     subprocess.run([*FEDTAILOR, *init, *(f"--silo={silo}" for silo in SILOS)], check=True, stdout=subprocess.DEVNULL)
     for silo in SILOS:
         (kits / silo / "local" / "worker").write_text("relay.sock\n", encoding="utf-8")
+        own = kits / silo / "silo.toml"  # rows come from the file that chaos.toml names
+        own.write_text(f"server_names_data = true\n{own.read_text(encoding='utf-8')}", encoding="utf-8")
     dice = Dice(kits, rounds, strikes, random.Random(seed))
     relays = [Relay(kits / silo, dice) for silo in SILOS]
     server, out = str(kits / "server"), str(folder / "afar")

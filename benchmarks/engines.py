@@ -76,7 +76,7 @@ def federation(engine: str, change: Callable[[Path], None] = lambda kits: None) 
         subprocess.run([*FEDTAILOR, *init, *(f"--silo={silo}" for silo in SILOS)], check=True, stdout=subprocess.DEVNULL)
         for silo in SILOS:
             file = kits / silo / "silo.toml"
-            file.write_text(f'allow = ["echoing"]\n{file.read_text()}')
+            file.write_text(f'allow = ["echoing"]\nserver_names_data = true\n{file.read_text()}')
         change(kits)
         try:
             for what, kit in [("server", "server"), *(("silo", silo) for silo in SILOS)]:

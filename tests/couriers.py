@@ -28,7 +28,7 @@ class Straight:
     def worker(self, silo: str) -> Worker:
         if silo not in self.workers:
             (self.folder / silo).mkdir(parents=True, exist_ok=True)
-            self.workers[silo] = Worker(Site(silo, self.folder / silo))
+            self.workers[silo] = Worker(Site(silo, self.folder / silo, server_names_data=True))
         return self.workers[silo]
 
     def __enter__(self) -> Straight:

@@ -58,7 +58,8 @@ class Federation:
         code, argument = SERVE.format("server" if (kit / "federation.toml").exists() else "client"), kit
         if what.startswith("worker:"):
             code, argument = WORKER, kit / "silo.toml"
-            argument.write_text(f'name = "{kit.name}"\n' + (f"body_limit = {limit}\n" if limit else ""), encoding="utf-8")
+            own = f'name = "{kit.name}"\nserver_names_data = true\n'
+            argument.write_text(own + (f"body_limit = {limit}\n" if limit else ""), encoding="utf-8")
         with (kit / f"test-{what.partition(':')[0]}.log").open("a") as log:
             command = [sys.executable, "-c", code, str(argument)]
             self.running[what] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)

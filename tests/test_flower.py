@@ -29,6 +29,7 @@ import pytest
 import tomli_w
 import torch
 
+from background import trusting
 from commands import PROCESS, Command
 from fedtailor import data as rows
 from fedtailor import experiment, find, models, wire
@@ -90,6 +91,8 @@ def free_port() -> int:
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("f")
     made = Federation(flower_kit.init(folder / "fed", "demo", f"localhost:{free_port()}", SILOS, 3))
+    for silo in SILOS:
+        trusting(made.kits[silo])
     try:
         made.start("server")
         log = made.kits["server"] / "test.log"
@@ -123,9 +126,9 @@ def wait_for(what: Callable[[], Any], seconds: float) -> bool:
     return bool(done)
 
 
-def asked(method: str) -> experiment.Experiment:
+def asked(method: str, *sets: str) -> experiment.Experiment:
     torch.set_num_threads(1)
-    return experiment.load(TINY, [f"method.name={method}", "method.optimizer_state=keep", "rounds=1", "evaluate.every=9"])
+    return experiment.load(TINY, [f"method.name={method}", *sets, "rounds=1", "evaluate.every=9"])
 
 
 def here(spec: experiment.Experiment) -> bytes:
@@ -140,7 +143,7 @@ def over(courier: Any, spec: experiment.Experiment, run: str) -> tuple[bytes, Re
 
 
 def test_the_same_tensors_as_in_one_process(flower: Flower) -> None:
-    spec = asked("prefix")
+    spec = asked("prefix", "method.optimizer_state=keep")
     state, remote = over(flower, spec, "whole")
     assert state == here(spec)
     assert remote.rejected == []
@@ -255,7 +258,7 @@ def test_a_node_with_another_key_is_refused(flower: Flower, federation: Federati
     shutil.copy(federation.kits["cafe"] / kits.ABOUT, tmp_path)
     other = flower_kit.init(tmp_path / "fed", "demo", "localhost:1", ["cafe"])["cafe"]
     shutil.copy(other / "startup" / "node.key", tmp_path / "startup")
-    node = subprocess.Popen([*PROCESS, "courier", str(tmp_path)], stderr=subprocess.DEVNULL)
+    node = subprocess.Popen([*PROCESS, "courier", str(tmp_path)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     log = tmp_path / "supernode.log"
     try:
         assert wait_for(lambda: log.exists() and "Failed to activate SuperNode" in log.read_text(), 60), log.read_text()

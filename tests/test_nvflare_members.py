@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from background import Background, free_port, left, wait_for
+from background import Background, free_port, left, trusting, wait_for
 from commands import LABELLED, PROCESS, SLIM, TINY, Command, fails
 from fedtailor.engines import nvflare_admin, nvflare_kit, nvflare_members, standing
 from fedtailor.engines.keeping import locked
@@ -169,6 +169,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]:
     """A server with north, south to come, in folder/kits."""
     folder = tmp_path_factory.mktemp("f")
     nvflare_kit.init(folder / "kits", "demo", f"localhost:{free_port()}", ["cafe", "clinic"], 30)
+    for silo in ("cafe", "clinic"):
+        trusting(folder / "kits" / silo)
     with Background(folder) as made:
         for words in (("server", "kits/server"), ("silo", "kits/cafe"), ("silo", "kits/clinic")):
             made.start(*words)
@@ -205,6 +207,7 @@ def test_a_server_that_runs_lets_in_who_joins_and_a_resumed_run_asks_it(running:
     told = fedtailor("status", kits / "server").out.splitlines()[0]
     assert "stopped (federated, round" in told
     assert fedtailor("federation", "add", kits, "--silo", "shop").code == 0
+    trusting(kits / "shop")
     running.start("silo", "kits/shop")
     assert wait_for(lambda: connected(kits) == ["cafe", "clinic", "shop"], 90), "the server was not started anew"
     resume = [*PROCESS, *told.partition("fedtailor ")[2].split()]

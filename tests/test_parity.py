@@ -38,7 +38,7 @@ class Federation:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         for silo in SILOS:
             (folder / silo).mkdir()
-            (folder / silo / "silo.toml").write_text(f'name = "{silo}"\n')
+            (folder / silo / "silo.toml").write_text(f'name = "{silo}"\nserver_names_data = true\n')
             self.start(silo)
         self.sockets = Sockets({silo: folder / silo / "silo" / "worker.sock" for silo in SILOS})
 

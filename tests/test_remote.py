@@ -92,12 +92,69 @@ def test_a_silo_that_stays_away_is_named(tmp_path: Path) -> None:
     one.commit()
     asked().method.round(state, one.reach(1))
     assert one.rejected == [(1, "shop", "lost on the way there")]
-    with pytest.raises(RunError, match=r"round 2: 2 replies, fewer than engine\.minimum = 3"):
+    with pytest.raises(RunError, match=r"round 2: 2 replies that could be used, fewer than engine\.minimum = 3; shop: lost"):
         asked().method.round(state, replace_engine(one, minimum=3).reach(2))
 
 
 def replace_engine(one: Remote, **more: Any) -> Remote:
     return Remote(one.courier, one.opening, rounds=one.rounds, **{"deadline": one.deadline, **more})
+
+
+def test_a_minimum_counts_what_can_be_used(tmp_path: Path) -> None:
+    class Spoilt(Straight):
+        def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+            for answer in super().exchange(to, head, body, timeout):
+                spoilt = answer.silo == "shop" and head.get("round") == 1
+                yield replace(answer, body=wire.pack(wire.Failure("no rows today"))) if spoilt else answer
+
+    one = engine(Spoilt(tmp_path), asked(), minimum=3)
+    state = asked().method.begin(one.reach(0))
+    one.commit()
+    with pytest.raises(RunError, match=r"round 1: 2 replies that could be used, .* = 3; shop: no rows today"):
+        asked().method.round(state, one.reach(1))
+
+
+def test_a_silo_that_is_slow_to_open_holds_up_no_other(tmp_path: Path) -> None:
+    class Slow(Straight):
+        def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+            slow = [silo for silo in to if silo == "shop" and head["kind"] == "open" and one.rejected == []]
+            yield from super().exchange([silo for silo in to if silo not in slow], head, body, timeout)
+            if slow:  # its worker came back, and takes longer to load its base than the round has
+                time.sleep(timeout)
+                yield Answer("shop", lost=f"no reply within {timeout:.3g} s")
+
+    one = engine(Slow(tmp_path), asked(), deadline=1.5)
+    for silo in ("cafe", "clinic"):
+        one._open([silo], 60, {})
+    state = asked().method.begin(one.reach(0))
+    one.commit()
+    assert [reply.silo for reply in one.reach(1)(train(), body(state))] == ["cafe", "clinic"]
+    assert [(number, silo) for number, silo, _ in one.rejected] == [(1, "shop")]
+    one.commit()
+    assert [reply.silo for reply in one.reach(2)(train(), body(state), deadline=60)] == list(SILOS)
+
+
+def test_a_silo_that_may_not_take_part_is_not_told_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(Straight):
+        def exchange(self, to: Sequence[str], head: Any, body: bytes, timeout: float) -> Iterator[Answer]:
+            refusing = [silo for silo in to if silo == "shop" and head["kind"] == "open" and mended == []]
+            yield from (Answer(silo, {"kind": "refused", "why": "its own log says why"}) for silo in refusing)
+            self.sent.extend((silo, "refused") for silo in refusing)
+            yield from super().exchange([silo for silo in to if silo not in refusing], head, body, timeout)
+
+    mended: list[bool] = []
+    courier = Changed(tmp_path)
+    one = engine(courier, asked())
+    state = asked().method.begin(one.reach(0))
+    for number in (1, 2, 3):
+        assert len(list(one.reach(number)(train(), body(state)))) == 2
+        one.commit()
+    assert courier.sent.count(("shop", "refused")) == 1
+    assert [why for _, _, why in one.rejected] == ["its own log says why"] * 3, "it is named in each round all the same"
+    mended.append(True)
+    later = time.monotonic() + remote.REFUSED[0]
+    monkeypatch.setattr(remote.time, "monotonic", lambda: later)
+    assert len(list(one.reach(4)(train(), body(state)))) == 3
 
 
 def test_a_deadline_holds_for_the_whole_exchange(tmp_path: Path) -> None:

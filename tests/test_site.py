@@ -27,11 +27,11 @@ def shared(tmp_path: Path) -> Data:
 
 
 def test_of_shared_rows_a_silo_takes_its_own(tmp_path: Path) -> None:
-    rows = Site("north").rows(shared(tmp_path), {}, 0)
+    rows = Site("north", server_names_data=True).rows(shared(tmp_path), {}, 0)
     assert len(rows.train + rows.val + rows.test) == 40
     assert all(row.prompt.startswith("north ") for row in rows.train)
     with pytest.raises(UserError, match=r"no row is silo 'nowrth''s; did you mean 'north'\? \(choices: north, south\)"):
-        Site("nowrth").rows(shared(tmp_path), {}, 0)
+        Site("nowrth", server_names_data=True).rows(shared(tmp_path), {}, 0)
 
 
 def test_its_own_file_is_all_its_own_whatever_it_calls_its_columns(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_its_own_file_is_all_its_own_whatever_it_calls_its_columns(tmp_path: Pat
 
 
 def test_method_settings_of_the_experiment_reach_the_silo(tmp_path: Path) -> None:
-    assert Site("north").rows(shared(tmp_path), {"rank": 2}, 0).settings == {"rank": 2}
+    assert Site("north", server_names_data=True).rows(shared(tmp_path), {"rank": 2}, 0).settings == {"rank": 2}
 
 
 def test_a_misfit_names_the_column(tmp_path: Path) -> None:
@@ -81,3 +81,8 @@ def test_all_errors_of_a_file_are_told(tmp_path: Path) -> None:
         read(file)
     with pytest.raises(UserError, match="No such file or directory"):
         read(tmp_path / "none.toml")
+
+
+def test_a_server_cannot_choose_which_file_a_silo_reads(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"source is missing: a silo names its own rows in silo.toml, .* start with --data ROWS"):
+        Site("north").rows(shared(tmp_path), {}, 0)

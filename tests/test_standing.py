@@ -158,7 +158,7 @@ def test_a_run_over_sockets_leaves_its_standing(fedtailor: Command, tmp_path: Pa
     try:
         with Background(short) as running:
             for name in names:
-                (short / f"{name}.toml").write_text(f'name = "{name}"\nfolder = "{name}"\n')
+                (short / f"{name}.toml").write_text(f'name = "{name}"\nfolder = "{name}"\nserver_names_data = true\n')
                 running.start("silo", "--config", f"{name}.toml")
             sockets = [f'{name} = "{name}/worker.sock"' for name in names]
             (short / "federation.toml").write_text("\n".join(['engine = "sockets"', "[silos]", *sockets]))

@@ -66,7 +66,7 @@ def opening(run: str = "run", **more: Any) -> Open:
 
 
 def opened(folder: Path, run: str = "run") -> Worker:
-    worker = Worker(Site("cafe", folder))
+    worker = Worker(Site("cafe", folder, server_names_data=True))
     folder.mkdir(exist_ok=True)
     head, body = worker.handle({"kind": "open"}, wire.pack(opening(run)))
     found = wire.unpack(body)
@@ -169,7 +169,7 @@ def test_rows_that_changed_in_the_middle_of_a_run_are_refused(tmp_path: Path) ->
 
 def test_another_minor_version_of_a_library_is_refused(tmp_path: Path) -> None:
     mine = models.versions()
-    worker = Worker(Site("cafe", tmp_path))
+    worker = Worker(Site("cafe", tmp_path, server_names_data=True))
     other = wire.pack(opening(libraries=mine | {"peft": "0.1.0"}))
     why = f"peft {mine['peft']} is installed here, the server has 0.1.0: install the same"
     assert worker.handle({"kind": "open"}, other)[0]["why"] == why
@@ -196,7 +196,29 @@ def test_only_in_silo_work_runs(tmp_path: Path, work: str) -> None:
     assert work in answer["why"]
 
 
-@pytest.mark.parametrize("changed", [{"round": "1"}, {"round": True}, {"run": 3}, {"index": None}, {"committed": 1.5}])
+def test_what_nobody_waits_for_any_more_is_not_done(tmp_path: Path) -> None:
+    worker = Worker(Site("cafe", tmp_path / "silo", server_names_data=True))
+    up, began = threading.Event(), time.monotonic()
+    threading.Thread(target=worker.serve, args=(up.set,), daemon=True).start()
+    assert up.wait(10)
+    sockets = Sockets({"cafe": worker.address})
+    (answer,) = sockets.exchange(("cafe",), {"kind": "open"}, wire.pack(opening()), 60)
+    assert answer.head["kind"] == "opened"
+    head = {"kind": "ask", "run": "run", "index": 0, "work": wire.address(add), "committed": 0}
+    with worker.lock:  # busy, while three rounds are given up
+        for number in (1, 2, 3):
+            (answer,) = sockets.exchange(("cafe",), {**head, "round": number}, wire.pack(Add(1)), 0.2)
+            assert answer.lost == "no reply within 0.2 s"
+    (answer,) = sockets.exchange(("cafe",), {**head, "round": 4, "committed": 3}, wire.pack(Add(1)), 30)
+    assert wire.unpack(answer.body).total == 1, "none of the three was applied"
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"round": "1"}, {"round": True}, {"run": 3}, {"index": None}, {"committed": 1.5}]
+    + [{"index": -5}, {"index": 10**10}, {"round": -1}, {"committed": -2}],
+)
 def test_a_malformed_request_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
     answer = ask(opened(tmp_path), 1, **changed)
     assert answer["kind"] == "refused"
@@ -204,7 +226,7 @@ def test_a_malformed_request_is_refused(tmp_path: Path, changed: dict[str, Any])
 
 
 def test_what_opens_nothing_is_refused(tmp_path: Path) -> None:
-    worker = Worker(Site("cafe", tmp_path))
+    worker = Worker(Site("cafe", tmp_path, server_names_data=True))
     for body in (wire.pack(Add(1)), b"half a mess"):
         assert worker.handle({"kind": "open"}, body)[0]["kind"] == "refused"
     other = wire.pack(opening(fedtailor="0.0.1"))
@@ -213,10 +235,10 @@ def test_what_opens_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_misfit_of_rows_is_told_to_the_silo_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    worker = Worker(Site("cafe", tmp_path, {"template": "{secret_column}"}))
+    worker = Worker(Site("cafe", tmp_path, {"template": "{secret_column}"}, server_names_data=True))
     with caplog.at_level(logging.ERROR, "fedtailor.silo"):
         answer, _ = worker.handle({"kind": "open"}, wire.pack(opening()))
-    assert answer == {"kind": "refused", "why": "it cannot take part: its own log says why"}
+    assert answer == {"kind": "refused", "why": "its own log says why"}
     assert "has no column 'secret_column'" in caplog.text
 
 

@@ -124,6 +124,14 @@ def connect(path: Path, timeout: float) -> Link:
     return link
 
 
+def ended(link: socket.socket) -> bool:
+    """Whether the other side has closed it. Nothing that came is read."""
+    try:
+        return bool(select.select([link], [], [], 0)[0]) and not link.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
+
 class Link(socket.socket):
     """A socket whose waits share one time limit."""
 
@@ -134,11 +142,7 @@ class Link(socket.socket):
         self.settimeout(seconds)
 
     def ended(self) -> bool:
-        """Whether the other side has closed it. Nothing that came is read."""
-        try:
-            return bool(select.select([self], [], [], 0)[0]) and not self.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
+        return ended(self)
 
     def recv_into(self, *args: Any) -> int:
         self.settimeout(max(0.001, self.end - time.monotonic()))

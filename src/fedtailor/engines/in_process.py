@@ -34,6 +34,7 @@ class InProcess:
     rounds: int = 1
     run: str = "run"
     cohort: int | Literal["auto"] = 1
+    minimum: int = 1
     faults: Faults = field(default_factory=Faults)
     plan: dict[str, int] = field(default_factory=dict)  # work -> cohort size
     on_plan: Callable[[dict[str, int]], None] = lambda plan: None

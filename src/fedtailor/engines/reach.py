@@ -50,6 +50,7 @@ class Carrier(Protocol):
     @property
     def seed(self) -> int: ...
 
+    minimum: int  # usable replies without which an exchange fails
     faults: Faults
     rejected: list[tuple[int, str, str]]  # round, silo, reason
 
@@ -113,6 +114,9 @@ class Reach:
             reason = printable(reason)
             why.append(f"{name}: {reason}")
             self.engine.rejected.append((request.round, name, reason))
+        if 0 < used < min(self.engine.minimum, len(to)):
+            few = f"{used} replies that could be used, fewer than engine.minimum = {self.engine.minimum}"
+            raise RunError(f"round {request.round}: {few}; {'; '.join(why[:3])}")
         if not used and to:
             raise RunError(f"round {request.round}: no reply of {len(to)} silos could be used; {'; '.join(why[:3])}")
 

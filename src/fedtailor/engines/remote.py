@@ -17,11 +17,22 @@ from fedtailor.engines.courier import Answer, Courier
 from fedtailor.engines.desk import Request
 from fedtailor.engines.reach import Arrival, Reach, Record, Traffic
 from fedtailor.engines.worker import Open, Opened
-from fedtailor.errors import RunError
+from fedtailor.errors import printable
 from fedtailor.faults import Faults
 from fedtailor.packed import Packed
 
+OPENING = 15.0  # seconds for silos to open in, at first: doubled each time in an exchange; what was begun there goes on
+REFUSED = (15.0, 600.0)  # seconds until a silo that may not take part is told again: at first, doubled up to
 PAUSE = (0.1, 10.0)  # seconds before a lost message is sent again: the first time, and at most; doubled in between
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a silo may not take part, and until when it is not asked again."""
+
+    why: str = ""
+    pause: float = REFUSED[0] / 2
+    until: float = 0.0
 
 
 @dataclass
@@ -55,6 +66,7 @@ class Remote:
         self.silos = tuple(self.courier.silos)
         self._place = (-1, 0)  # round, next ask index
         self._committed = -1
+        self._refused: dict[str, Refusal] = {}
 
     @property
     def run(self) -> str:
@@ -88,16 +100,13 @@ class Remote:
         """In silo order, each as soon as those before it are settled."""
         request = replace(request, committed=self._committed)
         came: dict[str, Arrival] = {}
-        queue, usable = list(to), 0
+        queue = list(to)
         with progress.bar(str(request), len(to)) as advance:
             for arrival in self._gathered(request, to, self.deadline if deadline is None else deadline):
                 advance()
                 came[arrival.silo] = arrival
-                usable += not arrival.missing
                 while queue and queue[0] in came:
                     yield came.pop(queue.pop(0))
-        if 0 < usable < min(self.minimum, len(to)):  # of none at all, `Reach` tells why
-            raise RunError(f"round {request.round}: {usable} replies, fewer than engine.minimum = {self.minimum}")
 
     def _gathered(self, request: Request, to: Sequence[str], seconds: float) -> Iterator[Arrival]:
         """One arrival for each silo. Lost messages are sent again, later and later, until the time is up, or patience is."""
@@ -106,22 +115,26 @@ class Remote:
         head = {"kind": "ask", "run": request.run, "round": request.round, "index": request.index, "work": request.work,
                 "committed": request.committed}  # fmt: skip
         settled = 0.0  # since when nothing comes any more but from silos that cannot be reached
-        while waiting:
+        opening = OPENING
+        while waiting and (left := end - time.monotonic()) > 0:
+            back = len(waiting)
+            # those that are ready first: another may take long to load its base, or be there and say nothing
+            if ready := [silo for silo in waiting if silo in self.opened]:
+                for answer in self.courier.exchange(ready, head, request.body, left):
+                    self.traffic.down += len(request.body)
+                    self._noted(answer.silo, "down", request.body)
+                    if (arrival := self._arrival(answer, request, why)) is not None:
+                        waiting.remove(answer.silo)
+                        self.missed.pop(answer.silo, None)
+                        yield arrival
             left = end - time.monotonic()
-            if left <= 0:
-                break
-            refused = self._open([silo for silo in waiting if silo not in self.opened], left, why)
-            for silo, reason in refused.items():
-                waiting.remove(silo)
-                yield Arrival(silo, missing=reason)
-            ready, back = [silo for silo in waiting if silo in self.opened], len(waiting)
-            for answer in self.courier.exchange(ready, head, request.body, max(0.001, end - time.monotonic())):
-                self.traffic.down += len(request.body)
-                self._noted(answer.silo, "down", request.body)
-                if (arrival := self._arrival(answer, request, why)) is not None:
-                    waiting.remove(answer.silo)
-                    self.missed.pop(answer.silo, None)
-                    yield arrival
+            if left > 0 and (closed := [silo for silo in waiting if silo not in self.opened]):
+                for silo, reason in self._open(closed, min(opening, left), why).items():
+                    waiting.remove(silo)
+                    yield Arrival(silo, missing=reason)
+                opening *= 2
+                if any(silo in self.opened for silo in waiting):
+                    continue
             now = time.monotonic()
             settled = now if len(waiting) < back or not settled else settled
             # none at all: then it is rather the engine's server that is away, and the whole deadline is its
@@ -155,18 +168,27 @@ class Remote:
         return None
 
     def _open(self, silos: Sequence[str], seconds: float, why: dict[str, str]) -> dict[str, str]:
-        """Tell these silos of the run. Returns why some may not take part; `why`: why others could not be told."""
-        refused: dict[str, str] = {}
-        body = wire.pack(self.opening)
-        for answer in self.courier.exchange(silos, {"kind": "open"}, body, seconds) if silos else ():
+        """Tell these silos of the run. Returns why some may not take part; `why`: why others could not be told.
+
+        A silo that may not is not told again at once: then it would read all its rows for every exchange.
+        """
+        now = time.monotonic()
+        refused = {silo: self._refused[silo].why for silo in silos if silo in self._refused and now < self._refused[silo].until}
+        asked, body = [silo for silo in silos if silo not in refused], wire.pack(self.opening)
+        for answer in self.courier.exchange(asked, {"kind": "open"}, body, seconds) if asked else ():
             if answer.lost:
                 why[answer.silo] = answer.lost
-            elif answer.head.get("kind") != "opened":
-                refused[answer.silo] = str(answer.head.get("why"))[:500]
-            elif (problem := self._unlike(answer)) is not None:
-                refused[answer.silo] = problem
-        for silo, reason in refused.items():
-            progress.line(f"{silo} cannot take part: {reason}")
+                continue
+            reason = str(answer.head.get("why"))[:500] if answer.head.get("kind") != "opened" else self._unlike(answer)
+            if reason is None:
+                self._refused.pop(answer.silo, None)
+                continue
+            refused[answer.silo] = reason
+            before = self._refused.get(answer.silo, Refusal())
+            pause = min(2 * before.pause, REFUSED[1])
+            self._refused[answer.silo] = Refusal(reason, pause, time.monotonic() + pause)
+            if reason != before.why:
+                progress.line(f"{answer.silo} cannot take part: {printable(reason)}")
         return refused
 
     def _unlike(self, answer: Answer) -> str | None:

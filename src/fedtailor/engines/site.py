@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fedtailor import data as rows_of
+from fedtailor import demo
 from fedtailor.data import SILO_FIELDS, Data, SiloData
 from fedtailor.errors import UserError, suggest
 from fedtailor.models import Base
@@ -31,6 +32,7 @@ class Site:
     name: str  # as the federation knows it
     folder: Path = Path("silo")  # memory, log and socket; readable by the owner alone
     data: Mapping[str, Any] = field(default_factory=dict)
+    server_names_data: bool = False  # rows come from the file that the server's experiment names: to try all on one machine
     models: Mapping[str, str] = field(default_factory=dict)  # the experiment's name of a base -> a local folder
     allow: tuple[str, ...] = ()  # packages besides fedtailor whose methods may run here
     keep_days: Annotated[float, Field(gt=0)] = 90.0  # how long what was learnt of a run that does not go on is kept
@@ -38,6 +40,9 @@ class Site:
 
     def rows(self, asked: Data, settings: Mapping[str, Any], seed: int) -> SiloData:
         """This silo's rows, read as the experiment asks, with its own settings over it. Raises UserError on a misfit."""
+        if "source" not in self.data and not self.server_names_data and asked.source not in demo.names():
+            told = "so that no server can choose it; or start with --data ROWS"
+            raise UserError(f"[data] source is missing: a silo names its own rows in silo.toml, {told}")
         alone = "source" in self.data and "silo_column" not in self.data
         all_mine = {"partition": "column", "silos": None, "silo_column": self.name} if alone else {}
         mine: Data = _checked(Data, {**asdict(asked), **self.data, **all_mine}, "[data]")

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class Worker:
             try:
                 while True:
                     head, body = frames.receive(link, self.site.body_limit, self.site.folder / "spool")
-                    frames.send(link, *self.handle(head, body))
+                    frames.send(link, *self.handle(head, body, lambda: courier.ended(link)))
             except frames.Closed:
                 pass
             except (frames.FrameError, OSError) as error:
@@ -127,23 +127,32 @@ class Worker:
                     with contextlib.suppress(OSError):
                         frames.send(link, *_refused(str(error)))
 
-    def handle(self, head: Mapping[str, Any], body: Packed) -> tuple[dict[str, Any], Packed]:
-        """The answer to one message. What goes wrong here is told in full in this silo's log, and in short to the server."""
+    def handle(
+        self, head: Mapping[str, Any], body: Packed, gone: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, Any], Packed]:
+        """The answer to one message. What goes wrong here is told in full in this silo's log, and in short to the server.
+
+        `gone`: whether who asked has given up meanwhile: what nobody waits for is not done, and holds up nothing.
+        """
         try:
             kind = head.get("kind")
             if kind == "hello":
                 return {"kind": "hello", "silo": self.site.name, "wire": wire.VERSION, **VERSIONS}, b""
             with self.lock:
+                if gone():
+                    raise frames.Closed("who asked has given up")
                 if kind == "open":
                     found = self._open(wire.unpack(body))
                     return {"kind": "opened", "model_sha256": found.model_sha256, **VERSIONS}, wire.pack(found)
                 if kind == "ask":
                     return self._ask(_request(head, body))
             return _refused(f"no message of kind {kind!r} is known here")
+        except frames.Closed:
+            raise
         except FedtailorError as error:
             log.error("%s", error)
             shown = isinstance(error, wire.WireError | SiloError | frames.FrameError)
-            return _refused(str(error) if shown else "it cannot take part: its own log says why")
+            return _refused(str(error) if shown else "its own log says why")
         except OSError as error:
             log.error("%s: %s; mend it, and this silo takes part again", error.filename or self.site.folder, error.strerror)
             return _refused("its system refused something: its own log says what")
@@ -230,6 +239,10 @@ def _request(head: Mapping[str, Any], body: Packed) -> Request:
     for name, kind in kinds.items():
         if type(head.get(name)) is not kind:
             raise wire.WireError(f"a request's {name} must be {kind.__name__}, not {head.get(name)!r:.80}")
+    bounds = {"round": (0, 10**9), "index": (0, 10_000), "committed": (-1, 10**9)}
+    for name, (low, high) in bounds.items():
+        if not low <= head[name] <= high:
+            raise wire.WireError(f"a request's {name} must be from {low} to {high}, not {head[name]!r:.80}")
     return Request(head["run"], head["round"], head["index"], head["work"], body, head["committed"])
 
 
