@@ -8,6 +8,7 @@
     loads     base models loaded in each worker over ten rounds of experiments/tiny.toml
     deadline  seconds of each round where ten silos are asked, three of them sleep a minute, and the deadline is five
 
+Exit code 1 where a target is missed: one load a worker, 1.5 GB in any process of ours, 0.1 s over NVFlare, 6 s with deadline 5.
 Our workers are real ones, with a base model and rows; the large body is read and written by them. The engine alone sends
 bytes from and to its own processes, with no worker behind. Needs the engine's extra.
 """
@@ -50,13 +51,22 @@ def main() -> None:
         print(json.dumps(measured(given.program, given.repeats, given.megabytes)))
         return
     print(f"{'':<16}{'trivial s':>10}{'large MB':>10}{'large s':>9}{'peak MB':>9}  {'of what':<20}loads")
+    missed: list[str] = []
     for engine in given.engines or ["nvflare", "flower"]:
         slow = engine == "flower"
         repeats, megabytes = (max(1, given.repeats // 4), given.megabytes // 10) if slow else (given.repeats, given.megabytes)
         with federation(engine) as kits:
-            told(f"ours, {engine}", ours(kits, repeats, megabytes), megabytes)
+            found = ours(kits, repeats, megabytes)
+        told(f"ours, {engine}", found, megabytes)
+        missed += [f"{engine}: a base was loaded more than once"] if set(found["loads"].values()) != {1} else []
+        missed += [f"{engine}: a process took over 1.5 GB"] if max(found["peaks"].values()) > 1500 else []
+        missed += [f"{engine}: a trivial exchange took over 0.1 s"] if not slow and found["trivial"] > 0.1 else []
         told(f"{engine} alone", (flower_alone if slow else nvflare_alone)(repeats, megabytes), megabytes)
-    print(f"deadline 5 s, three of ten asleep: rounds of {', '.join(f'{s:.2f}' for s in stragglers())} s")
+    took = stragglers()
+    print(f"deadline 5 s, three of ten asleep: rounds of {', '.join(f'{s:.2f}' for s in took)} s")
+    missed += ["a round took longer than 6 s"] if max(took) > 6 else []
+    if missed:
+        sys.exit(f"missed: {'; '.join(missed)}")
 
 
 def told(name: str, found: dict[str, Any], megabytes: int) -> None:

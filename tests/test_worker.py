@@ -216,9 +216,11 @@ def test_what_nobody_waits_for_any_more_is_not_done(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"round": "1"}, {"round": True}, {"run": 3}, {"index": None}, {"committed": 1.5}]
-    + [{"index": -5}, {"index": 10**10}, {"round": -1}, {"committed": -2}],
-)
+    [
+        {"round": "1"}, {"round": True}, {"run": 3}, {"index": None}, {"committed": 1.5},
+        {"index": -5}, {"index": 10**10}, {"round": -1}, {"committed": -2},
+    ],
+)  # fmt: skip
 def test_a_malformed_request_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
     answer = ask(opened(tmp_path), 1, **changed)
     assert answer["kind"] == "refused"

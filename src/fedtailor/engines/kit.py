@@ -23,7 +23,7 @@ SOCKET = "courier.sock"  # in the server's kit: the server program listens there
 SITE = """
 # allow = ["ours"]                    # packages besides fedtailor whose methods may run here
 [data]                                # laid over the experiment's [data], seen by nobody else
-# source = "rows.jsonl"               # or: fedtailor silo KIT --data rows.jsonl
+# source = "rows.jsonl"               # or: fedtailor silo KIT --data rows.jsonl. No server can choose this file
 # template = "{note}\\nUrgency:"      # where the columns are called otherwise
 """
 
