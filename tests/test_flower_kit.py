@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from commands import Command, fails
-from fedtailor.engines import courier, flower_kit
+from fedtailor.engines import courier, flower, flower_kit
 from fedtailor.engines import kit as kits
 from fedtailor.errors import UserError
 
@@ -153,3 +153,17 @@ def test_a_server_that_was_never_started_is_named(kit: dict[str, Path], tmp_path
     with courier.of(fresh) as found:
         (answer,) = found.exchange(("north",), {"kind": "hello"}, b"", 5.0)
     assert "was never started" in answer.lost
+
+
+@pytest.mark.engines
+def test_a_kit_is_found_by_a_relative_path_and_what_flower_says_is_one_line(
+    kit: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's command runs in the kit: below it, such a path led to a folder of its own, which it made."""
+    flower_kit.settle(kit["server"], "127.0.0.1:9")  # nobody listens there
+    folder = kit["server"].parent
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(flower.Lost, match=r"SuperLink is unavailable.*is `fedtailor server` running\?$") as lost:
+        flower.seen(kit["server"].relative_to(folder.parent))
+    assert str(lost.value).isprintable()
+    assert not (kit["server"] / folder.name).exists()

@@ -31,7 +31,7 @@ from fedtailor.engines import kit as kits
 from fedtailor.engines.courier import Answer, Head, Link
 from fedtailor.engines.flower_kit import LIMIT, guarded
 from fedtailor.engines.keeping import Kept, ends_with, keep, kill, listen, locked
-from fedtailor.errors import FedtailorError
+from fedtailor.errors import FedtailorError, printable
 from fedtailor.packed import Packed
 
 log = logging.getLogger("fedtailor.flower")
@@ -153,24 +153,29 @@ class Flower:
 
 
 def _flwr(folder: Path, asked: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What one of the `flwr` commands says. Raises Lost where it fails."""
+    """What one of the `flwr` commands says. Raises Lost, in one line, where it fails."""
+    folder = folder.resolve()  # the command runs in it: a relative path would be looked for, and made, below it
     command = [*guarded(folder, "flwr"), *asked, "--format", "json"]
     if not (folder / "flower" / "config.toml").exists():
         raise Lost("the engine's server was never started; run `fedtailor server` first")
     try:
         ended = subprocess.run(
             command, cwd=folder, env=flower_kit.environment(folder), stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=seconds, check=False,
+            text=True, errors="replace", timeout=seconds, check=False,
         )  # fmt: skip
         found: dict[str, Any] = json.loads(ended.stdout[ended.stdout.index("{") :])
     except subprocess.TimeoutExpired:
         raise Lost(f"`flwr {asked[0]}` took longer than {seconds:.3g} s") from None
     except ValueError:
-        raise Lost(f"`flwr {asked[0]}` failed: {(ended.stderr or ended.stdout)[-300:]}") from None
+        raise Lost(f"`flwr {asked[0]}` failed: {_line((ended.stderr or ended.stdout)[-300:])}") from None
     if not found.get("success"):
-        told = str(found.get("error-message"))[:300]
+        told = _line(str(found.get("error-message"))[:300])
         raise Lost(f"the engine's server does not answer ({told}); is `fedtailor server` running?")
     return found
+
+
+def _line(said: str) -> str:
+    return printable(" ".join(said.split()))
 
 
 def courier(kit: Path) -> Flower:
@@ -236,6 +241,7 @@ def _superexec(folder: Path, port: int) -> list[str]:
 
 def seen(folder: Path) -> dict[str, float]:
     """When each silo that is connected was last seen: now, as Flower tells it. Raises Lost when the server does not answer."""
+    folder = folder.resolve()
     told = _flwr(folder, ["supernode", "list", "kit"], COMMAND)["nodes"]
     online = {node["node-id"] for node in told if node["status"] == "online"}
     return {silo: time.time() for silo, node in _nodes(folder).items() if node in online}

@@ -20,15 +20,19 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
 from fedtailor.engines import courier, frames, kit
+from fedtailor.engines.answered import answered
 from fedtailor.engines.flower_kit import ACTION, LIMIT
-from fedtailor.errors import FedtailorError
+from fedtailor.errors import FedtailorError, printable
 
 server = ServerApp()  # Flower looks for the two names in this text, so they are not annotated
 client = ClientApp()
 
 PAUSE = 0.2  # seconds between two looks for answers
+# of what a silo has sent; none of them says that the server is away
+UNREADABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError, DecodeError)
 
 
 @server.main()
@@ -52,7 +56,7 @@ def run(grid: Grid, context: Context) -> None:
 def exchange(grid: Grid, folder: Path, link: courier.Link, head: Mapping[str, Any], body: bytes) -> None:
     """One message to several silos. Ends early when the program says or ends something: nobody waits any more."""
 
-    def answered(silo: str, said: Mapping[str, Any], body: bytes = b"") -> None:
+    def tell(silo: str, said: Mapping[str, Any], body: bytes = b"") -> None:
         link.until(600.0)
         frames.send(link, {"kind": "answer", "id": head["id"], "silo": silo, **said}, body)
 
@@ -60,22 +64,28 @@ def exchange(grid: Grid, folder: Path, link: courier.Link, head: Mapping[str, An
     nodes = connected(grid, folder)
     for silo in head["to"]:
         if silo not in nodes:
-            answered(silo, {"lost": "not connected to the server; its own log says why"})
+            tell(silo, {"lost": "not connected to the server; its own log says why"})
     asked = {silo: secrets.token_hex(16) for silo in head["to"] if silo in nodes}
     messages = [_message(nodes[silo], key, head, body) for silo, key in asked.items()]
     numbers = list(grid.push_messages(messages)) if messages else []
     del messages, body
     waiting = {number: silo for number, silo in zip(numbers, asked, strict=True) if number}
     for silo in set(asked) - set(waiting.values()):
-        answered(silo, {"lost": "its node went away"})
+        tell(silo, {"lost": "its node went away"})
     while waiting and not select.select([link], [], [], PAUSE)[0]:
         for number in list(waiting):  # one by one: only one large answer is held at a time
-            for reply in grid.pull_messages([number]):
+            try:
+                replies = list(grid.pull_messages([number]))
+            except UNREADABLE as error:  # Flower reads what a silo has sent here, and would end the run of all by it
+                tell(waiting.pop(number), {"lost": printable(f"its answer is none of ours: {error!r:.300}")})
+                continue
+            for reply in replies:
                 silo = waiting.pop(number)
-                answered(silo, *_answer(reply, asked[silo]))
+                tell(silo, *_answer(reply, asked[silo]))
+            del replies
         if time.monotonic() > end:
             for silo in waiting.values():
-                answered(silo, {"lost": f"no reply within {head['seconds']:.3g} s"})
+                tell(silo, {"lost": f"no reply within {head['seconds']:.3g} s"})
             return
 
 
@@ -101,15 +111,21 @@ def _message(node: int, key: str, head: Mapping[str, Any], body: bytes) -> Messa
 def _answer(reply: Message, key: str) -> tuple[dict[str, Any], bytes]:
     """What came back. The key is known to the asked node alone: with it, no other node can answer in its place."""
     if reply.has_error():
-        return {"lost": f"its courier failed: {reply.error.reason!s:.300} (Flower's code {reply.error.code})"}, b""
+        why = f"its courier failed: {str(reply.error.reason)[:300]} (Flower's code {reply.error.code})"
+        return {"lost": printable(why)}, b""
     try:
         told = reply.content.config_records["told"]
         if told["key"] != key:
             return {"lost": "an answer without the key of the question"}, b""
-        said = json.loads(str(told["said"]))
-        return {"lost": str(said["lost"])} if said.get("lost") else {"head": said["head"]}, _body(reply)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        return {"lost": f"an answer that is none of ours: {error!r:.200}"}, b""
+        said, _ = answered(str(told["said"]))
+        body = _body(reply)
+        if len(body) > LIMIT:
+            raise ValueError(f"a reply of {len(body)} bytes; the limit is {LIMIT}")
+        return said, body
+    except ValueError as error:
+        return {"lost": printable(f"its answer is none of ours: {str(error)[:300]}")}, b""
+    except (KeyError, TypeError, AttributeError) as error:
+        return {"lost": printable(f"its answer is none of ours: {error!r:.300}")}, b""
 
 
 @client.query(ACTION.partition(".")[2])

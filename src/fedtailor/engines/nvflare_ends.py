@@ -26,6 +26,7 @@ from nvflare.collab import collab
 from nvflare.collab.api.context import get_call_context, set_call_context
 
 from fedtailor.engines import courier, frames
+from fedtailor.engines.answered import answered
 from fedtailor.engines.nvflare_kit import SOCKET, worker_socket
 from fedtailor.errors import FedtailorError, printable
 
@@ -86,11 +87,11 @@ class Exchange:
         try:
             said, body = self._carried(silo)
         except ValueError as error:
-            said, body = {"lost": f"its answer is none of ours: {str(error)[:300]}"}, b""
+            said, body = {"lost": printable(f"its answer is none of ours: {str(error)[:300]}")}, b""
         except Exception as error:
             late = getattr(error, "cause_type", "") == "TimeoutError" or time.monotonic() >= self.end
             why = f"no reply within {self.head['seconds']:.3g} s" if late else f"its courier failed: {str(error)[:300]}"
-            said, body = {"lost": why}, b""
+            said, body = {"lost": printable(why)}, b""
         self.answers.put((silo, said, body))
 
     def _carried(self, silo: str) -> tuple[dict[str, Any], bytes | BinaryIO]:
@@ -98,7 +99,7 @@ class Exchange:
         for offset in range(0, self.size if self.size > CHUNK else 0, CHUNK):
             proxy(timeout=self._left()).put(key, offset, pread(self.body, offset, CHUNK))
         text, whole = proxy(timeout=self._left()).ask(key, tohex(self.head["head"]), self._left(), self.whole)
-        said, size = answered(text)
+        said, size = answered(bytes.fromhex(text))
         if size <= CHUNK:
             return said, blob(whole, size)
         body = spool(self.kit)
@@ -178,22 +179,6 @@ def forwarded(kit: Path, head: Mapping[str, Any], body: bytes | BinaryIO, second
         file = spool(kit)
         answer, size = frames.receive_into(link, file)
     return answer, file, size
-
-
-def answered(text: str) -> tuple[dict[str, Any], int]:
-    """What a silo's end says: its worker's head, or why there is none, and the size of the reply. Nothing else of it goes on
-    to the program: whose answer it is, and to which exchange, is not the silo's to say. Texts without what a terminal would
-    obey. Raises ValueError."""
-    said = unhex(text) if len(text) <= frames.HEAD_LIMIT else None
-    if not isinstance(said, dict):
-        raise ValueError(f"a head of {len(text)} letters that is no JSON object, or over the limit of {frames.HEAD_LIMIT}")
-    size, head = said.get("size", 0), said.get("head", {})
-    if type(size) is not int or not 0 <= size <= frames.BODY_LIMIT:
-        raise ValueError(f"it announced a reply of {size!r:.30} bytes; the limit is {frames.BODY_LIMIT}")
-    if not isinstance(head, dict) or any(isinstance(value, dict | list) for value in head.values()):
-        raise ValueError("its head is no flat table")  # nor is a deep one: the program could not read it
-    flat = {printable(key): printable(value) if isinstance(value, str) else value for key, value in head.items()}
-    return {"head": flat, "lost": printable(said.get("lost", ""))}, size
 
 
 def blob(given: Any, size: int | None = None) -> bytes:
