@@ -31,9 +31,11 @@ def main() -> int:
         kits = Path(folder) / "kits"
         init = ["federation", "init", str(kits), "--server", f"localhost:{free_port()}"]
         subprocess.run([*FEDTAILOR, *init, *(f"--silo={silo}" for silo in rows)], check=True)
-        running = [start(kits / "server", "server")]
-        running += [start(kits / silo, "silo", *([f"--data={source}"] if source else [])) for silo, source in rows.items()]
+        running: list[subprocess.Popen[bytes]] = []
         try:
+            running.append(start(kits / "server", "server"))
+            for silo, source in rows.items():
+                running.append(start(kits / silo, "silo", *([f"--data={source}"] if source else [])))
             run = ["run", str(given.experiment), "--federation", str(kits / "server"), *(f"--set={s}" for s in given.sets)]
             run += [f"--out={given.out}"] if given.out else []
             return subprocess.run([*FEDTAILOR, *run]).returncode

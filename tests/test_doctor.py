@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import socket
 import ssl
 import threading
@@ -241,3 +242,21 @@ def test_a_silos_kit_that_is_in_use_twice(tmp_path: Path) -> None:
 def test_no_kit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no kit of a federation"):
         list(doctor.findings(tmp_path))
+
+
+def test_a_kit_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at by another account where this one may do everything."""
+    list(doctor.findings(kit(tmp_path)))  # what it imports has been read
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o500 if os.geteuid() else 0o755)
+    before = os.geteuid()
+    if not before:
+        (tmp_path / "fedtailor.json").chmod(0o644)
+        os.seteuid(65534)
+    try:
+        found = [one.told for one in doctor.findings(Path()) if one.what == "permissions" and not one.fine]
+    finally:
+        os.seteuid(before)
+        tmp_path.chmod(0o700)
+    assert ". cannot be written to (Permission denied); make it writable: logs, sockets and memories lie in it" in found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fedtailor.json"]

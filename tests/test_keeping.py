@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -91,3 +93,41 @@ def test_a_socket_is_its_owners_alone(tmp_path: Path) -> None:
             assert (tmp_path / "one.sock").stat().st_mode & 0o077 == 0
     finally:
         os.umask(before)
+
+
+WAITS = """
+import sys
+from pathlib import Path
+from fedtailor.engines import keeping
+kit = Path(sys.argv[1])
+def made():
+    print("up", flush=True)
+    return []
+keeping.keep(kit, made, lambda: None, holds=keeping.ends_with(sys.stdin.buffer, kit))
+"""
+
+
+def test_a_courier_that_waits_for_its_workers_end_can_be_stopped_before(tmp_path: Path) -> None:
+    """By Ctrl-C in a terminal, which goes to a whole process group: the worker's end is still open then."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", WAITS, str(tmp_path)]
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline() == b"up\n"
+    os.killpg(child.pid, signal.SIGINT)
+    assert (child.wait(30), child.stderr.read()) == (0, b"")
+    child.communicate()
+
+
+def test_a_silo_whose_disk_is_full_says_so_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "fedtailor.json").write_text('{"name": "f", "silo": "north", "server": "localhost:1", "engine": "none"}')
+    for least, told in ((0, 0), (10**18, 1)):
+        caplog.clear()
+        monkeypatch.setattr(keeping, "LEAST", least)
+        with keeping.courier_beside(tmp_path):
+            pass
+        lines = [line for line in caplog.messages if line.startswith(f"{tmp_path}: its disk has ")]
+        assert len(lines) == told

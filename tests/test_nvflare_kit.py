@@ -7,11 +7,12 @@ import json
 import stat
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 
-from fedtailor.engines import courier, nvflare_kit
+from fedtailor.engines import courier, nvflare, nvflare_kit
 from fedtailor.engines.nvflare import NVFlare
 from fedtailor.errors import UserError
 
@@ -145,3 +146,27 @@ def test_a_run_finds_its_courier_by_the_servers_kit(kits: dict[str, Path]) -> No
 def test_a_server_lets_in_more_silos_than_nvflares_hundred(kits: dict[str, Path]) -> None:
     (server,) = json.loads((kits["server"] / "startup" / "fed_server.json").read_text())["servers"]
     assert server["max_num_clients"] == nvflare_kit.MOST > 100
+
+
+def test_what_ended_jobs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    server, silo, jobs = tmp_path / "server", tmp_path / "silo", [str(uuid.uuid4()) for _ in range(4)]
+    states = dict(zip(jobs, ("FINISHED:COMPLETED", "FINISHED:ABORTED", "SUBMITTED", None), strict=True))
+    for job, status in states.items():
+        for folder in (server / job, server / "jobs" / job, silo / job):
+            folder.mkdir(parents=True)
+            (folder / "log.txt").touch()
+        if status is not None:
+            (server / "jobs" / job / "meta").write_text(json.dumps({"job_id": job, "status": status}))
+    for kit in (server, silo):
+        for name in ("local", "silo", "spool", f"{jobs[0]}-mine", "a-b-c-d-e"):
+            (kit / name).mkdir()
+        (kit / str(uuid.uuid4())).symlink_to(kit / "silo")
+        (kit / str(uuid.uuid4())).write_text("a file")
+    (server / "jobs" / "mine").mkdir()
+    (lost := server / str(uuid.uuid4())).mkdir()  # jobs/ does not know it any more
+    before = {*server.rglob("*"), *silo.rglob("*")}
+    nvflare.sweep(server)
+    nvflare.sweep(silo)
+    gone = [server / job for job in jobs[:2]] + [server / "jobs" / job for job in jobs[:2]] + [silo / job for job in jobs]
+    kept = {path for path in before if not any(path == one or one in path.parents for one in [*gone, lost])}
+    assert {*server.rglob("*"), *silo.rglob("*")} == kept

@@ -279,7 +279,7 @@ def test_a_certificate_that_has_ended_is_refused_and_named(flare: NVFlare, feder
     told = [one.told for one in doctor.findings(late) if one.what == "certificate" and not one.fine]
     assert len(told) == 1
     assert told[0].startswith("client.crt ended on ")
-    assert told[0].endswith("; have new kits made with `fedtailor federation init`")
+    assert told[0].endswith("; who holds authority/ makes new ones: `fedtailor federation renew KITS`")
 
 
 def shaken(kit: Path, port: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -94,9 +95,7 @@ def check(
     from fedtailor import checking, experiment
     from fedtailor.engines import courier
 
-    with contextlib.nullcontext() if federation is None else courier.of(federation) as reached:
-        afar = () if reached is None else reached.silos
-    checking.show(experiment.load(file, sets or [], seed), out, afar)
+    checking.show(experiment.load(file, sets or [], seed), out, () if federation is None else courier.names(federation))
 
 
 @app.command()
@@ -218,6 +217,8 @@ def silo(
     from fedtailor.engines import kit as kits
     from fedtailor.errors import UserError
 
+    if kit is not None:
+        kits.about(kit, "silo")
     file = config or (Path("silo.toml") if kit is None else kit / "silo.toml")
     one = worker.Worker(site.read(file, None if rows is None else str(rows)))
     if kit is not None and one.site.folder.resolve() != (kit / "silo").resolve():
@@ -326,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except OSError as error:
-        code = _fail(_system(error), 1, debug)
+        code = _fail(_system(error, next((word for word in given if word[:1] != "-"), "") == "run"), 1, debug)
     except Exception as error:
         code = _click(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
@@ -338,7 +339,8 @@ def _click(error: Exception, debug: bool) -> int:
         print(error.format_message())  # type: ignore[attr-defined]
         return 2
     if hasattr(error, "format_message"):
-        return _fail(error.format_message(), 2, debug)
+        told = re.sub(r"( Did you mean [^?]*\?)\1+", r"\1", error.format_message())  # both Typer and Click may add it
+        return _fail(told, 2, debug)
     if isinstance(error, typer.Abort):
         return 130
     return _fail(f"unexpected {type(error).__name__}: {error} (a bug: `fedtailor --debug ...` shows where)", 1, debug)
@@ -354,15 +356,17 @@ def _fail(text: str, code: int, debug: bool) -> int:
     return code
 
 
-def _system(error: OSError) -> str:
+def _system(error: OSError, run: bool) -> str:
     """What the system refused, and what to do."""
     where = f"{error.filename}: " if error.filename else ""
+    other = ", or begin a new run in another folder with --out" if run else ""
+    again = "go on with `fedtailor run --resume FOLDER`" if run else "do it again"
     todo = {
-        errno.ENOSPC: "the disk is full; free some space, then go on with `fedtailor run --resume FOLDER`",
-        errno.EDQUOT: "your disk quota is used up; free some space, then go on with `fedtailor run --resume FOLDER`",
-        errno.EROFS: "read-only; make it writable, or begin a new run in another folder with --out",
-        errno.EACCES: "not permitted; mend its permissions, or begin a new run in another folder with --out",
-        errno.EPERM: "not permitted; mend its permissions, or begin a new run in another folder with --out",
+        errno.ENOSPC: f"the disk is full; free some space, then {again}",
+        errno.EDQUOT: f"your disk quota is used up; free some space, then {again}",
+        errno.EROFS: f"read-only; make it writable{other}",
+        errno.EACCES: f"not permitted; mend its permissions{other}",
+        errno.EPERM: f"not permitted; mend its permissions{other}",
     }
     return where + todo.get(error.errno or 0, error.strerror or str(error))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from fedtailor.engines import frames
+from fedtailor.engines import kit as kits
 from fedtailor.errors import UserError, suggest
 from fedtailor.packed import Packed
 
@@ -87,6 +88,21 @@ def of(kit: Path) -> Courier:
 
     Any other engine is the module of that name beside this one, whose `courier(kit)` makes it. Raises UserError.
     """
+    file, engine, silos = _told(kit)
+    if engine == "sockets":
+        return Sockets({name: file.parent / str(path) for name, path in silos.items()}, file.parent / "spool")
+    found: Courier = importlib.import_module(f"fedtailor.engines.{engine}").courier(file.parent)
+    return found
+
+
+def names(kit: Path) -> tuple[str, ...]:
+    """The silos that `of` would reach, in order; nothing of the kit is held. Raises UserError as `of` does."""
+    file, engine, silos = _told(kit)
+    return tuple(sorted(silos if engine == "sockets" else kits.about(file.parent, "server")["silos"]))
+
+
+def _told(kit: Path) -> tuple[Path, str, Mapping[str, Any]]:
+    """A kit's federation.toml, its engine, and the paths of `[silos]`, which sockets alone have."""
     from fedtailor import find  # brings torch in, which what carries alone does without
 
     file = kit / "federation.toml" if kit.is_dir() else kit
@@ -98,12 +114,11 @@ def of(kit: Path) -> Courier:
     if engine == "sockets":
         if not isinstance(silos, dict) or not silos:
             raise UserError(f"{file}: [silos] is missing; write one line for each silo: name = 'path of its worker.sock'")
-        return Sockets({name: file.parent / str(path) for name, path in silos.items()}, file.parent / "spool")
+        return file, engine, silos
     known = [name for name in find.names("fedtailor.engines") if name == "nvflare" or name == "flower"]
     if engine not in known:
         raise UserError(f"{file}: engine = {engine!r}: no such engine{suggest(str(engine), ['sockets', *known])}")
-    found: Courier = importlib.import_module(f"fedtailor.engines.{engine}").courier(file.parent)
-    return found
+    return file, str(engine), {}
 
 
 def ask(link: socket.socket, head: Head, body: Packed | BinaryIO) -> None:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import ssl
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def findings(kit: Path, asked: Experiment | None = None, source: str | None = No
     yield _engine(engine)
     yield _versions()
     yield _owners_alone(kit)
+    yield from _read_only(kit)
     yield _disk(kit)
     yield from certificates(kit)
     host, _, port = about["server"].rpartition(":")
@@ -95,6 +97,14 @@ def _owners_alone(kit: Path) -> Finding:
     if open_:
         return Finding("permissions", False, f"{open_[0]} can be read by others; chmod -R go= {kit}")
     return Finding("permissions", True, "the owner's alone")
+
+
+def _read_only(kit: Path) -> Iterator[Finding]:
+    try:
+        tempfile.TemporaryFile(dir=kit).close()  # has no name, or loses it at once
+    except OSError as error:
+        told = f"{kit} cannot be written to ({error.strerror}); make it writable: logs, sockets and memories lie in it"
+        yield Finding("permissions", False, told)
 
 
 def _disk(kit: Path) -> Finding:

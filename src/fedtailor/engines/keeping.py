@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ log = logging.getLogger("fedtailor.engine")
 
 ENDING = 10.0  # seconds that a process which was asked to end may take
 ALONE = 30.0  # seconds that a courier goes on without a worker
+LEAST = 50 * 10**6  # bytes free on a kit's disk: below, logs and memories are soon cut off
 LONG = 60.0  # seconds after which a process counts as having worked: when it ends, it is started again at once
 
 
@@ -118,6 +120,8 @@ def keep(
 def courier_beside(kit: Path) -> Iterator[None]:
     """A silo's courier in a process of its own, started again when it dies. Where this process is killed, the courier that
     runs is left to the one that comes next."""
+    if (room := shutil.disk_usage(kit).free) < LEAST:
+        log.warning("%s: its disk has %.0f MB left; free some space, or this silo cannot answer", kit, room / 1e6)
     stopping = threading.Event()
     keeping = threading.Thread(target=_courier_kept, args=(kit, stopping))
     keeping.start()
@@ -155,7 +159,8 @@ def ends_with(worker: BinaryIO | None, kit: Path) -> threading.Event:
     holds = threading.Event()
 
     def watch(worker: BinaryIO) -> None:
-        worker.read()
+        while os.read(worker.fileno(), 4096):  # no buffer: Python aborts at its end where a thread holds one
+            pass
         end = time.monotonic() + ALONE
         while holds.is_set() and time.monotonic() < end:
             if _listens(worker_socket(kit)):

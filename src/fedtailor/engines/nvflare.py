@@ -10,10 +10,13 @@ does not include: NVFlare fixes the members of a job at its start. State and mod
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
+import re
 import select
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +40,8 @@ GRACE = 15.0  # seconds beyond an exchange's time after which a job that says no
 needed = nvflare_kit.needed
 ENDED = ("FINISHED", "FAILED", "ABORTED", "ABANDONED")  # how the status of a job that is over begins
 
+JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # the name of a job, and of its folders
+
 
 @dataclass
 class NVFlare:
@@ -50,7 +55,11 @@ class NVFlare:
         self.kit = self.kit.resolve()
         self.silos = tuple(sorted(nvflare_kit.about(self.kit, "server")["silos"]))
         self._held = locked(self.kit / ".program", "another program runs over this federation; wait for it, or end it")
-        self._listening = listen(self.kit / nvflare_kit.SOCKET)
+        try:
+            self._listening = listen(self.kit / nvflare_kit.SOCKET)
+        except BaseException:
+            self._held.close()
+            raise
         self._link: Link | None = None
         self._job: dict[str, str] = {}  # the members of the running job, and by which token each was known at its start
         self._job_id, self._number = "", 0
@@ -217,10 +226,14 @@ def serve_server(kit: Path) -> None:
     """Keep the engine's server of this kit running, until SIGTERM or SIGINT. Raises UserError where its port is taken."""
     needed()
     port = int(nvflare_kit.about(kit, "server")["server"].rpartition(":")[2])
-    log.info("the server of this federation starts at port %d; Ctrl-C ends it", port)
     kept = _engine(kit, "server", "nvflare.private.fed.app.server.server_train", "fed_server.json", [])
+
+    def made() -> list[Kept]:
+        log.info("the server of this federation starts at port %d; Ctrl-C ends it", port)
+        return kept()
+
     # where the port is taken, NVFlare would start all the same, and wait in silence
-    keep(kit.resolve(), kept, lambda: end_strays(kit.resolve()), port=port)
+    keep(kit.resolve(), made, lambda: end_strays(kit.resolve()), port=port)
 
 
 def serve_client(kit: Path, worker: BinaryIO | None = None) -> None:
@@ -237,6 +250,7 @@ def _engine(kit: Path, kind: str, module: str, config: str, more: Sequence[str])
 
     def before() -> None:
         end_strays(kit)
+        sweep(kit)
         for one in doctor.certificates(kit):
             if not one.fine:  # of the connection that fails by it, the engine tells no reason
                 log.error("certificate: %s", one.told)
@@ -248,6 +262,29 @@ def _engine(kit: Path, kind: str, module: str, config: str, more: Sequence[str])
         return [Kept(command, kit / "engine.log", before=before)]
 
     return made
+
+
+def sweep(kit: Path) -> None:
+    """Remove what ended jobs left in a kit whose engine does not run: it keeps every job's files for ever.
+
+    A server's kit tells in jobs/ which have ended; at a silo none goes on. What has no job's name is left alone.
+    """
+    ended = {job.name for job in _jobs(kit / "jobs") if _has_ended(job)}
+    for job in [*_jobs(kit / "jobs"), *_jobs(kit)]:
+        if job.name in ended or not (kit / "jobs" / job.name).exists():
+            shutil.rmtree(job, ignore_errors=True)
+
+
+def _jobs(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [one for one in found if JOB.fullmatch(one.name) and one.is_dir() and not one.is_symlink()]
+
+
+def _has_ended(job: Path) -> bool:
+    try:
+        return str(json.loads((job / "meta").read_text(encoding="utf-8"))["status"]).startswith(ENDED)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def end_strays(kit: Path) -> None:
