@@ -31,6 +31,9 @@ def main() -> int:
         kits = Path(folder) / "kits"
         init = ["federation", "init", str(kits), "--server", f"localhost:{free_port()}"]
         subprocess.run([*FEDTAILOR, *init, *(f"--silo={silo}" for silo in rows)], check=True)
+        for silo in (silo for silo, source in rows.items() if not source):  # it takes its own of the experiment's rows
+            file = kits / silo / "silo.toml"
+            file.write_text(f"server_names_data = true\n{file.read_text(encoding='utf-8')}", encoding="utf-8")
         running: list[subprocess.Popen[bytes]] = []
         try:
             running.append(start(kits / "server", "server"))
