@@ -294,7 +294,12 @@ def _plus(new: Any, weight: float, old: Any, place: str) -> Any:
 
 def not_finite(body: Any) -> str | None:
     """The first tensor of a body with a NaN or an infinity, or None."""
-    return next((name for name, value in _floating(body) if not bool(torch.isfinite(value).all())), None)
+    return next((name for name, value in _floating(body) if not _finite(value)), None)
+
+
+def _finite(value: Tensor) -> bool:
+    """Piece by piece: of a large tensor, what is computed on the way would be as large again."""
+    return all(bool(torch.isfinite(piece).all()) for piece in value.flatten().split(1 << 20))
 
 
 def _floating(body: Any) -> Iterator[tuple[str, Tensor]]:

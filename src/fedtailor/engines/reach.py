@@ -86,6 +86,7 @@ class Reach:
         for reply in self(work, body, to=to, deadline=deadline):
             summed = wire.summed(reply.body, reply.body.weight, summed)
             names.append(reply.silo)
+            del reply  # a large one is not held while the next one is read
         if summed is None:
             raise RunError(f"round {self.round}: a total over no silo at all")
         return Total(summed, summed.weight, tuple(names))
