@@ -8,6 +8,7 @@ converted once into a cached safetensors folder, and work offline afterwards. Ev
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import tempfile
@@ -316,10 +317,7 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Of the libraries that decide what is computed."""
-    import peft
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in ("transformers", "peft")}}
 
 
 def known(name: str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LARGE = 16 * 1024**2  # bytes from which on a body lies on disk, where there is a folder for it
+PIECE = 1 << 20  # bytes read at once: the C library keeps back twice the largest piece that it was given back
 
 
 class Spooled:
@@ -33,14 +34,14 @@ class Spooled:
     @cached_property
     def digest(self) -> bytes:
         found = hashlib.sha256()
-        for offset in range(0, self.size, LARGE):
-            found.update(os.pread(self.file.fileno(), LARGE, offset))
+        for offset in range(0, self.size, PIECE):
+            found.update(os.pread(self.file.fileno(), PIECE, offset))
         return found.digest()
 
     def copy(self, path: Path) -> None:
         with path.open("wb") as out:
-            for offset in range(0, self.size, LARGE):
-                out.write(os.pread(self.file.fileno(), LARGE, offset))
+            for offset in range(0, self.size, PIECE):
+                out.write(os.pread(self.file.fileno(), PIECE, offset))
 
 
 Packed = bytes | Spooled

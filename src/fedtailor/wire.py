@@ -299,7 +299,7 @@ def not_finite(body: Any) -> str | None:
 
 def _finite(value: Tensor) -> bool:
     """Piece by piece: of a large tensor, what is computed on the way would be as large again."""
-    return all(bool(torch.isfinite(piece).all()) for piece in value.flatten().split(1 << 20))
+    return all(bool(torch.isfinite(piece).all()) for piece in value.flatten().split(1 << 18))
 
 
 def _floating(body: Any) -> Iterator[tuple[str, Tensor]]:
