@@ -36,6 +36,7 @@ class Federation:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.killing = threading.Lock()  # two kills of one silo at once would start two workers in one folder
         for silo in SILOS:
             (folder / silo).mkdir()
             (folder / silo / "silo.toml").write_text(f'name = "{silo}"\nserver_names_data = true\n')
@@ -52,11 +53,12 @@ class Federation:
 
     def kill(self, silo: str) -> None:
         """Returns once the new one listens."""
-        self.processes[silo].kill()
-        self.processes[silo].wait()
-        self.start(silo)
-        while next(self.sockets.exchange([silo], {"kind": "hello"}, b"", 5)).lost:
-            time.sleep(0.1)
+        with self.killing:
+            self.processes[silo].kill()
+            self.processes[silo].wait()
+            self.start(silo)
+            while next(self.sockets.exchange([silo], {"kind": "hello"}, b"", 5)).lost:
+                time.sleep(0.1)
 
     def stop(self) -> list[int]:
         for process in self.processes.values():
