@@ -237,7 +237,7 @@ def stragglers() -> list[float]:
         paths = {}
         for name in names:
             worker = Worker(Site(name, Path(folder) / name))
-            worker.desks["run"], worker.rows["run"] = Desk(name, SiloData((), (), ()), {}, 0), ""
+            worker.desks["run"] = Desk(name, SiloData((), (), ()), {}, 0)
             up = threading.Event()
             threading.Thread(target=worker.serve, args=(up.set,), daemon=True).start()
             up.wait()

@@ -55,7 +55,6 @@ def ten(tmp_path: Path) -> Iterator[Sockets]:
     for name in SILOS:
         worker = Worker(Site(name, tmp_path / name))
         worker.desks["run"] = Desk(name, SiloData((), (), ()), {}, 0)
-        worker.rows["run"] = ""
         up = threading.Event()
         threading.Thread(target=worker.serve, args=(up.set,), daemon=True).start()
         assert up.wait(10)

@@ -165,6 +165,9 @@ def test_rows_that_changed_in_the_middle_of_a_run_are_refused(tmp_path: Path) ->
     answer, _ = worker.handle({"kind": "open"}, wire.pack(opening()))
     assert answer["why"] == "the rows here changed since this run began; bring them back, or begin a new run"
     assert worker.handle({"kind": "open"}, wire.pack(opening("new")))[0]["kind"] == "opened"
+    ask(worker, 5, number=2, committed=1)  # the run goes on with the rows that it has
+    again = opened(tmp_path)  # and after a restart those are still the ones that it must find
+    assert ask(again, 1, number=3, committed=2).total == 11
 
 
 def test_another_minor_version_of_a_library_is_refused(tmp_path: Path) -> None:

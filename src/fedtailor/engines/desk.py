@@ -55,6 +55,7 @@ class Desk:
     seed: int
     repeats: bool = True  # a request may come twice, as over a network: then replies are held until the commit
     spool: Path | None = None  # a folder for large replies
+    rows_sha256: str = ""  # of `data`, where a run must find the same after a restart
     memory: dict[str, Any] = field(default_factory=dict)  # as of the last commit
     round: int = 0
     done: list[Done] = field(default_factory=list)  # by ask index of the open round

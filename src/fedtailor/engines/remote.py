@@ -115,7 +115,7 @@ class Remote:
         head = {"kind": "ask", "run": request.run, "round": request.round, "index": request.index, "work": request.work,
                 "committed": request.committed}  # fmt: skip
         settled = 0.0  # since when nothing comes any more but from silos that cannot be reached
-        opening = OPENING
+        opening, begun = OPENING, set(self.opened)
         while waiting and (left := end - time.monotonic()) > 0:
             back = len(waiting)
             # those that are ready first: another may take long to load its base, or be there and say nothing
@@ -133,7 +133,8 @@ class Remote:
                     waiting.remove(silo)
                     yield Arrival(silo, missing=reason)
                 opening *= 2
-                if any(silo in self.opened for silo in waiting):
+                if any(silo in self.opened and silo not in begun for silo in waiting):
+                    begun |= set(self.opened)  # once each: one that opens and knows of nothing, again and again, is paused for
                     continue
             now = time.monotonic()
             settled = now if len(waiting) < back or not settled else settled

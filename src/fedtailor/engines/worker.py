@@ -78,7 +78,6 @@ class Worker:
 
     site: Site
     desks: dict[str, Desk] = field(default_factory=dict)
-    rows: dict[str, str] = field(default_factory=dict)  # run -> sha256 of its rows
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -177,10 +176,10 @@ class Worker:
         rows = self.site.rows(body.data, body.settings.get(self.site.name, {}), body.seed)
         resident = models.load(self.site.base(body.model))
         preparing.fits(resident, {self.site.name: rows})  # the template is tried on every row before anything is trained
-        known, self.rows[body.run] = self._read(body.run), rows_of.sha256({self.site.name: rows})
-        desk = Desk(self.site.name, rows, {"base": resident}, body.seed, spool=self._file(body.run).with_suffix(""))
+        known, spool, digest = self._read(body.run), self._file(body.run).with_suffix(""), rows_of.sha256({self.site.name: rows})
+        desk = Desk(self.site.name, rows, {"base": resident}, body.seed, spool=spool, rows_sha256=digest)
         if known is not None:
-            if known.rows_sha256 != self.rows[body.run]:
+            if known.rows_sha256 != digest:
                 raise SiloError("the rows here changed since this run began; bring them back, or begin a new run")
             desk.round, desk.memory = known.round, dict(known.memory)
             desk.done = [_done(one, desk) for one in known.done]
@@ -218,7 +217,7 @@ class Worker:
     def _write(self, run: str, desk: Desk) -> None:
         self._file(run).parent.mkdir(exist_ok=True)
         done = [_kept(one) for one in desk.done]
-        wire.write_file(self._file(run), Kept(run, self.rows[run], desk.round, desk.memory, done))
+        wire.write_file(self._file(run), Kept(run, desk.rows_sha256, desk.round, desk.memory, done))
         if desk.spool is not None and desk.spool.exists():
             named = {desk.reply(one.id) for one in desk.done}
             for file in desk.spool.iterdir():
