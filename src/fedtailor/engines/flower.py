@@ -9,12 +9,10 @@ program and the workers. Flower asks for news every 3 s and starts a process for
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -26,18 +24,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedtailor.engines import flower_kit, frames
+from fedtailor.engines import flower_kit
 from fedtailor.engines import kit as kits
 from fedtailor.engines.courier import Answer, Head, Link
 from fedtailor.engines.flower_kit import LIMIT, guarded
-from fedtailor.engines.keeping import Kept, ends_with, keep, kill, listen, locked
+from fedtailor.engines.keeping import Kept, ends_with, keep, kill
+from fedtailor.engines.program import Program
 from fedtailor.errors import FedtailorError, printable
 from fedtailor.packed import Packed
 
 log = logging.getLogger("fedtailor.flower")
 
 START = 60.0  # seconds that a run may take from submission to its first word
-GRACE = 15.0  # seconds beyond an exchange's time after which a run that says nothing is given up
 COMMAND = 60.0  # seconds that one of Flower's commands may take
 REGISTER = 5.0  # seconds between two tries to register the silos' nodes
 RETURN = 5.0  # seconds at most between two starts of a node: its server refuses it for a minute after it was killed
@@ -67,11 +65,9 @@ class Flower:
         needed()
         self.kit = self.kit.resolve()
         self.silos = tuple(sorted(kits.about(self.kit, "server")["silos"]))
-        self._held = locked(self.kit / ".program", "another program runs over this federation; wait for it, or end it")
-        self._listening = listen(self.kit / kits.SOCKET)
+        self._program = Program(self.kit)
         self._link: Link | None = None
         self._starting = ("", 0.0)  # the run that was submitted and has not called yet; when it is given up
-        self._number = 0
 
     def __enter__(self) -> Flower:
         return self
@@ -79,9 +75,7 @@ class Flower:
     def __exit__(self, *_: object) -> None:
         """The run ends by itself when its link is closed."""
         self._drop()
-        self._listening.close()
-        (self.kit / kits.SOCKET).unlink(missing_ok=True)
-        self._held.close()
+        self._program.close()
 
     def exchange(self, to: Sequence[str], head: Head, body: Packed, timeout: float) -> Iterator[Answer]:
         end, waiting = time.monotonic() + timeout, list(to)
@@ -93,17 +87,7 @@ class Flower:
             return
         try:
             link = self._ready(min(end, time.monotonic() + self.patience))
-            self._number += 1
-            seconds = max(0.05, end - time.monotonic())
-            link.until(seconds + GRACE)
-            asked = {"kind": "exchange", "id": str(self._number), "to": waiting, "seconds": seconds, "head": head}
-            frames.send(link, asked, body)
-            while waiting:
-                answer = self._received(link, waiting)
-                if answer is not None:
-                    waiting.remove(answer.silo)
-                    yield answer
-                del answer  # a large one is not held while the next one comes
+            yield from self._program.exchange(link, waiting, head, body, end)
         except (OSError, FedtailorError) as error:
             why = str(error) or "it said nothing in time"
             if self._link is not None:
@@ -125,26 +109,9 @@ class Flower:
                 self._starting = (number, time.monotonic() + START)
             elif time.monotonic() > end:
                 raise Lost("it is still starting")
-            elif select.select([self._listening], [], [], min(0.5, max(0.0, end - time.monotonic())))[0]:
-                self._greeted(number)
+            elif (called := self._program.called(number, min(0.5, end - time.monotonic()))) is not None:
+                self._link, self._starting = called[0], ("", 0.0)
         return self._link
-
-    def _greeted(self, number: str) -> None:
-        link = Link(fileno=self._listening.accept()[0].detach())
-        link.until(5.0)
-        with contextlib.suppress(OSError, FedtailorError):
-            if frames.receive(link, 0)[0].get("job") == number:
-                self._link, self._starting = link, ("", 0.0)
-                return
-        link.close()  # an older run, or none of ours, which is told by this to end
-
-    def _received(self, link: Link, waiting: Sequence[str]) -> Answer | None:
-        """What comes next, None where that concerns no one that is waited for. Raises TimeoutError when time is up."""
-        said, body = frames.receive(link, spool=self.kit / "spool")
-        silo, told = str(said.get("silo")), said.get("head")
-        if said.get("kind") != "answer" or said.get("id") != str(self._number) or silo not in waiting:
-            return None  # a late answer to an exchange that was given up
-        return Answer(silo, told if isinstance(told, dict) else {}, body, str(said.get("lost", "")))
 
     def _drop(self) -> None:
         if self._link is not None:

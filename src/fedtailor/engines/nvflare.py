@@ -9,13 +9,11 @@ does not include: NVFlare fixes the members of a job at its start. State and mod
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
 import re
-import select
 import shutil
 import sys
 import time
@@ -24,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fedtailor.engines import doctor, frames, nvflare_admin, nvflare_kit
+from fedtailor.engines import doctor, nvflare_admin, nvflare_kit
 from fedtailor.engines.courier import Answer, Head, Link
-from fedtailor.engines.keeping import Kept, ends_with, keep, kill, listen, locked
+from fedtailor.engines.keeping import Kept, ends_with, keep, kill
 from fedtailor.engines.nvflare_admin import Admin, Lost, Seen
+from fedtailor.engines.program import Program
 from fedtailor.errors import FedtailorError
 from fedtailor.packed import Packed
 
@@ -36,7 +35,6 @@ log = logging.getLogger("fedtailor.nvflare")
 START = 60.0  # seconds that a job may take from submission to its first word
 CHECK = 5.0  # seconds between two questions whether a job has failed to start
 PAUSE = 30.0  # seconds after which a job with more members is tried again, where one could not start
-GRACE = 15.0  # seconds beyond an exchange's time after which a job that says nothing is given up
 needed = nvflare_kit.needed
 ENDED = ("FINISHED", "FAILED", "ABORTED", "ABANDONED")  # how the status of a job that is over begins
 
@@ -54,15 +52,10 @@ class NVFlare:
         nvflare_kit.needed()
         self.kit = self.kit.resolve()
         self.silos = tuple(sorted(nvflare_kit.about(self.kit, "server")["silos"]))
-        self._held = locked(self.kit / ".program", "another program runs over this federation; wait for it, or end it")
-        try:
-            self._listening = listen(self.kit / nvflare_kit.SOCKET)
-        except BaseException:
-            self._held.close()
-            raise
+        self._program = Program(self.kit)
         self._link: Link | None = None
         self._job: dict[str, str] = {}  # the members of the running job, and by which token each was known at its start
-        self._job_id, self._number = "", 0
+        self._job_id = ""
         self._starting: Starting | None = None
         self._pause = 0.0  # until when no job with more members is tried
         self._admin = Admin(self.kit)
@@ -76,18 +69,7 @@ class NVFlare:
             for silo in self._missing(waiting):
                 waiting.remove(silo)
                 yield Answer(silo, lost="not connected to the server; its own log says why")
-            self._number += 1
-            seconds = max(0.05, end - time.monotonic())
-            asked = {"kind": "exchange", "id": str(self._number), "to": waiting, "seconds": seconds, "head": head}
-            link.until(seconds + GRACE)
-            if waiting:
-                frames.send(link, asked, body)
-            while waiting:
-                answer = self._received(link, waiting)
-                if answer is not None:
-                    waiting.remove(answer.silo)
-                    yield answer
-                del answer  # a large one is not held while the next one comes
+            yield from self._program.exchange(link, waiting, head, body, end, self._missing)
         except (OSError, FedtailorError) as error:
             why = str(error) or "it said nothing in time"
             if self._starting is None:
@@ -108,22 +90,7 @@ class NVFlare:
             self._admin.end(self._starting.job)
         self._drop()
         self._admin.close()
-        self._listening.close()
-        (self.kit / nvflare_kit.SOCKET).unlink(missing_ok=True)
-        self._held.close()
-
-    def _received(self, link: Link, waiting: Sequence[str]) -> Answer | None:
-        """What comes next, None where that concerns no one that is waited for. Raises TimeoutError when time is up."""
-        if not select.select([link], [], [], 1.0)[0]:
-            if time.monotonic() > link.end:
-                raise TimeoutError
-            return next((Answer(silo, lost="its site went away") for silo in self._missing(waiting)), None)
-        said, body = frames.receive(link, spool=self.kit / "spool")
-        silo = str(said.get("silo"))
-        if said.get("kind") != "answer" or said.get("id") != str(self._number) or silo not in waiting:
-            return None  # a late answer to an exchange that was given up
-        told = said.get("head")
-        return Answer(silo, told if isinstance(told, dict) else {}, body, str(said.get("lost", "")))
+        self._program.close()
 
     def _missing(self, silos: Sequence[str]) -> list[str]:
         """Those that the running job does not reach: not in it, or not at the server as they were when it began."""
@@ -161,18 +128,14 @@ class NVFlare:
         """The link to the new job, once its server end has called: then all its members are ready. Until then the old one."""
         new = self._starting
         while new is not None:
-            if select.select([self._listening], [], [], min(0.5, max(0.0, end - time.monotonic())))[0]:
-                link = Link(fileno=self._listening.accept()[0].detach())
-                link.until(5.0)
-                with contextlib.suppress(OSError, FedtailorError):
-                    said, _ = frames.receive(link, 0)
-                    if said.get("job") == new.number:
-                        self._drop()
-                        self._link, self._job_id, self._starting = link, new.job, None
-                        self._job = {silo: new.tokens[silo] for silo in said.get("silos", ()) if silo in new.tokens}
-                        log.info("job %s runs with %s", new.job, ", ".join(self._job))
-                        return link
-                link.close()  # an older job, which is told by this to end
+            called = self._program.called(new.number, min(0.5, end - time.monotonic()))
+            if called is not None:
+                link, said = called
+                self._drop()
+                self._link, self._job_id, self._starting = link, new.job, None
+                self._job = {silo: new.tokens[silo] for silo in said.get("silos", ()) if silo in new.tokens}
+                log.info("job %s runs with %s", new.job, ", ".join(self._job))
+                return link
             now = time.monotonic()
             if now > new.end:
                 self._starting = None
