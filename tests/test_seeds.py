@@ -195,3 +195,11 @@ def test_a_silo_that_is_missing_from_the_test_figures_is_named_in_the_row(tmp_pa
     for row in ("zero_shot", "federated"):
         assert rows[row]["rejected"] == {"shop: its test rows are not in the figures: its site went away": 1}
         assert sorted(rows[row]["accuracy"]["per_silo"]) == ["cafe", "clinic"]
+
+
+def test_what_an_exact_aggregation_keeps_is_not_counted_as_trained(tmp_path: Path) -> None:
+    counts = [
+        conduct(tmp_path / how, FEDERATED, "rounds=2", "method.name=lora", f"method.combine={how}")["rows"]["federated"]
+        for how in ("mean", "exact")
+    ]
+    assert counts[0]["trained_parameters"] == counts[1]["trained_parameters"] == 2 * 8 * ((32 + 32) + (32 + 16))

@@ -108,7 +108,8 @@ class Seed:
         sums["evaluation_seconds"] += time.perf_counter() - began
         sums["evaluation_bytes_up"] += traffic[0]
         sums["evaluation_bytes_down"] += traffic[1]
-        tensors = wire.tensors_of(report.served)
+        # what is served may hold more: what LoRA's exact aggregation keeps beside the means is not trained
+        tensors = getattr(report.state, "tensors", None) or wire.tensors_of(report.served)
         return {
             **scoring.summary(found), **sums, "peak_memory_mb": peak.megabytes(),
             "trained_parameters": sum(t.numel() for t in tensors.values()),

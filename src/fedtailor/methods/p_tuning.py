@@ -11,7 +11,7 @@ from pydantic import Field
 from fedtailor.methods.averaging import Averaging, Count, Positive
 from fedtailor.methods.virtual import prompted, room
 from fedtailor.models import Resident
-from fedtailor.tuned import Tensors, Tuned
+from fedtailor.tuned import HEAD, Tensors, Tuned
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,9 @@ class PTuning(Averaging):
         dice = torch.Generator().manual_seed(seed % 2**63)
         tensors = tuned.tensors()
         like = float(resident.module.get_input_embeddings().weight.float().std())
-        for name, t in tensors.items():
-            if not name.startswith("head."):
-                fan = t.shape[-1] if t.dim() == 2 else 1
-                tensors[name] = torch.randn(t.shape, generator=dice) / fan**0.5 if t.dim() == 2 else torch.zeros_like(t)
+        for name in (n for n in tuned.names() if n not in HEAD):
+            t = tensors[name]
+            tensors[name] = torch.randn(t.shape, generator=dice) / t.shape[1] ** 0.5 if t.dim() == 2 else torch.zeros_like(t)
         last = max(n for n in tensors if n.endswith(".weight") and "mlp_head" in n)
         tensors[last] = tensors[last] * like
         return tensors
