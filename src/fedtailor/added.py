@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+VIRTUAL = "virtual tokens are no change of weights"
 IN_FRONT = "_in_front"  # what an attention layer's own keys and values are given to first: see `ahead.Keys`
 
 
 class Added(nn.Module):
     """The parameters, and the hooks that use them. `torch.func.functional_call` puts others in their place."""
 
-    def __init__(self, loader: str = "", places: int = 0) -> None:
+    def __init__(self, loader: str = "", why: str = "", places: int = 0) -> None:
         super().__init__()
         self.hooks: list[Any] = []
-        self.loader = loader  # of the exported folder, where it is none of those in `exporting`
+        self.loader = loader  # of the exported folder: the text of its load.py
+        self.why = why  # it cannot be merged into the base's weights; "": it can
         self.places = places  # of the base's output that are trained ones, after the first
         self.unused: set[str] = set()  # layers that have not asked yet for what is put in front of them
 
@@ -61,7 +63,7 @@ class Offsets(Nothing):
     layers: tuple[str, ...]
 
     def attach(self, module: Any) -> Added:
-        added = Added()
+        added = Added(LOAD_HOOKS % OFFSETS)
         for name in self.layers:
             layer = module.get_submodule(name)
             key = added.own(name, layer.weight, width(layer))
@@ -75,7 +77,7 @@ class Bottlenecks(Nothing):
     inside: int  # width of the bottleneck
 
     def attach(self, module: Any) -> Added:
-        added = Added()
+        added = Added(LOAD_HOOKS % BOTTLENECKS, "bottlenecks are layers of their own")
         size, like = int(module.config.hidden_size), next(module.parameters())
         for name in self.blocks:
             shapes = {"down.weight": (self.inside, size), "down.bias": (self.inside,), "up.weight": (size, self.inside),
@@ -127,3 +129,32 @@ def linear(of: Plan) -> tuple[str, ...]:
 def norms(of: Plan) -> tuple[str, ...]:
     """The names that normalisation layers have, without their place."""
     return tuple(sorted({name.rpartition(".")[2] for name, kind in of.items() if "norm" in kind.lower()}))
+
+
+# The loaders of exported folders. added.safetensors holds "<layer>/<part>" with "/" for every dot, as in a Tuned's `added`
+LOAD_HOOKS = '''"""Puts what was learnt on a base that transformers has loaded: model = load(model, folder)."""
+
+import torch
+from safetensors.torch import load_file
+
+
+def load(model, folder):
+    tensors = {name.replace("/", "."): t for name, t in load_file(f"{folder}/added.safetensors").items()}
+%s
+    return model
+
+
+def put(layer, change):
+    def hook(_, __, out):
+        first = out[0] if isinstance(out, tuple) else out
+        changed = change(first.float()).to(first.dtype)
+        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+    layer.register_forward_hook(hook)
+'''
+OFFSETS = '''    for name, offset in tensors.items():
+        put(model.get_submodule(name), lambda out, offset=offset: out + offset.to(out.device))'''
+BOTTLENECKS = '''    for name in sorted({name.removesuffix(".down.weight") for name in tensors if name.endswith(".down.weight")}):
+        parts = ("down.weight", "down.bias", "up.weight", "up.bias")
+        four = [tensors[f"{name}.{part}"].to(model.device) for part in parts]
+        put(model.get_submodule(name), lambda h, four=four: h + torch.relu(h @ four[0].T + four[1]) @ four[2].T + four[3])'''

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtailor.added import IN_FRONT, Added, Nothing, Plan, width
+from fedtailor.added import IN_FRONT, VIRTUAL, Added, Nothing, Plan, width
 
 INPUTS = {"key": ("k_proj", "key", "k"), "value": ("v_proj", "value", "v")}  # what the layers that make them are called
 
@@ -26,7 +26,7 @@ class Keys(Nothing):
     count: int  # virtual tokens
 
     def attach(self, module: Any) -> Added:
-        added = Added(loader=LOAD_KEYS)
+        added = Added(LOAD_KEYS, VIRTUAL)
         added.unused = set(self.attentions)
         for name in self.attentions:
             layer = module.get_submodule(name)
@@ -96,7 +96,7 @@ class Places(Nothing):
     count: int
 
     def attach(self, module: Any) -> Added:
-        added = Added(loader=LOAD_PLACES, places=self.count)
+        added = Added(LOAD_PLACES, VIRTUAL, self.count)
         layer, size = module.get_submodule(self.embeddings), int(module.config.hidden_size)
         key = added.own(f"{self.embeddings}.places", next(layer.parameters()), self.count, size)
 

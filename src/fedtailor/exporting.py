@@ -8,35 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtailor.tuned import Tuned
-
-# added.safetensors holds "<layer>/<part>" with "/" for every dot, as in a Tuned's `added`
-LOAD = '''"""Puts what was learnt on a base that transformers has loaded: model = load(model, folder)."""
-
-import torch
-from safetensors.torch import load_file
-
-
-def load(model, folder):
-    tensors = {name.replace("/", "."): t for name, t in load_file(f"{folder}/added.safetensors").items()}
-%s
-    return model
-
-
-def put(layer, change):
-    def hook(_, __, out):
-        first = out[0] if isinstance(out, tuple) else out
-        changed = change(first.float()).to(first.dtype)
-        return (changed, *out[1:]) if isinstance(out, tuple) else changed
-
-    layer.register_forward_hook(hook)
-'''
-OFFSETS = '''    for name, offset in tensors.items():
-        put(model.get_submodule(name), lambda out, offset=offset: out + offset.to(out.device))'''
-BOTTLENECKS = '''    for name in sorted({name.removesuffix(".down.weight") for name in tensors if name.endswith(".down.weight")}):
-        parts = ("down.weight", "down.bias", "up.weight", "up.bias")
-        four = [tensors[f"{name}.{part}"].to(model.device) for part in parts]
-        put(model.get_submodule(name), lambda h, four=four: h + torch.relu(h @ four[0].T + four[1]) @ four[2].T + four[3])'''
+from fedtailor.tuned import HEAD, Tuned
 
 
 def save_adapter(tuned: Tuned, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -48,12 +20,11 @@ def save_adapter(tuned: Tuned, tensors: Mapping[str, Tensor], folder: Path) -> N
         if added:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(added, folder / "added.safetensors")
-            inside = BOTTLENECKS if any(n.endswith("/down/weight") for n in added) else OFFSETS
-            (folder / "load.py").write_text(tuned.added.loader or LOAD % inside, encoding="utf-8")
+            (folder / "load.py").write_text(tuned.added.loader, encoding="utf-8")
     else:
         _save_peft(tuned, tensors, folder)
     if tuned.head is not None:
-        save_file({n: tensors[n].contiguous() for n in ("head.weight", "head.bias")}, folder / "head.safetensors")
+        save_file({n: tensors[n].contiguous() for n in HEAD}, folder / "head.safetensors")
 
 
 def _save_peft(tuned: Tuned, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedtailor import models, runs, wire
+from fedtailor.added import VIRTUAL
 from fedtailor.errors import UserError
 
 
@@ -44,10 +45,8 @@ def _merged(served: Any, adapter: Path, base: models.Base, folder: Path) -> None
         return
     resident = models.fresh(base)
     tuned = served.method.put_on(resident, served.labels)
-    if tuned.shift or (tuned.added is not None and tuned.added.loader):
-        raise UserError("virtual tokens are no change of weights, so they cannot be merged; export without --merge")
-    if tuned.added is not None and any("/down/weight" in name for name in served.tensors):
-        raise UserError("bottlenecks are layers of their own, so they cannot be merged; export without --merge")
+    if why := VIRTUAL if tuned.shift else tuned.added.why if tuned.added is not None else "":
+        raise UserError(f"{why}, so they cannot be merged; export without --merge")
     resident.tuned()  # off again
     module = resident.module
     if tuned.added is not None:

@@ -219,8 +219,7 @@ class Averaging(Method[State], abc.ABC):
         )  # fmt: skip
 
     def serve(self, state: State) -> Adapted:
-        head = state.tensors.get("head.bias")
-        return Adapted(self, joined(state.tensors, state.fixed), 0 if head is None else len(head))
+        return Adapted(self, joined(state.tensors, state.fixed), labels_of(state.tensors))
 
     def pooled(self, silos: int) -> Averaging:
         """One pooled silo: as many local steps as all silos take, optimizer kept, nothing that is meant for many silos."""
@@ -282,8 +281,7 @@ class Averaging(Method[State], abc.ABC):
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """A folder that `PeftModel.from_pretrained(base, folder)` loads; of what PEFT has not, one with its own load.py."""
-        tuned = self.put_on(resident, 0 if "head.bias" not in tensors else len(tensors["head.bias"]))
-        save_adapter(tuned, tensors, folder)
+        save_adapter(self.put_on(resident, labels_of(tensors)), tensors, folder)
 
 
 def _norm(tensors: Tensors) -> float:
@@ -296,6 +294,11 @@ def start(silo: Silo, body: Begin) -> Initial:
     resident = silo.models["base"]
     tuned = body.method.put_on(resident, len(silo.data.labels))
     return Initial(body.method.initial(resident, tuned, silo.seed))
+
+
+def labels_of(tensors: Mapping[str, Tensor]) -> int:
+    """How many classes the head among these tensors tells apart; 0: there is none."""
+    return len(tensors["head.bias"]) if "head.bias" in tensors else 0
 
 
 def mean_loss(replies: Sequence[Trained]) -> float:

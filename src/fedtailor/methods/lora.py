@@ -23,7 +23,7 @@ from torch import Tensor
 from fedtailor import lowrank
 from fedtailor.core import Ask
 from fedtailor.exporting import save_adapter
-from fedtailor.methods.averaging import Averaging, Count, Positive, State, Trained, mean_loss, train
+from fedtailor.methods.averaging import Averaging, Count, Positive, State, Trained, labels_of, mean_loss, train
 from fedtailor.methods.targets import chosen, fitting, usual
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors, Tuned
@@ -141,8 +141,7 @@ class Lora(Averaging):
         config = self.config(resident)
         config.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != self.rank}
         config.alpha_pattern = {layer: self.factor * rank for layer, rank in config.rank_pattern.items()}
-        classes = len(tensors["head.bias"]) if "head.bias" in tensors else 0
-        save_adapter(resident.tuned(config, classes), tensors, folder)
+        save_adapter(resident.tuned(config, labels_of(tensors)), tensors, folder)
 
     def __post_init__(self) -> None:
         exact = self.combine in ("exact", "svd")

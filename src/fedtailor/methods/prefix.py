@@ -18,11 +18,11 @@ from torch import Tensor
 from fedtailor import ahead
 from fedtailor.errors import UserError
 from fedtailor.exporting import save_adapter
-from fedtailor.methods.averaging import Averaging, Count, Positive
+from fedtailor.methods.averaging import Averaging, Count, Positive, labels_of
 from fedtailor.methods.targets import KINDS
 from fedtailor.methods.virtual import begins, instruction, room
 from fedtailor.models import Resident
-from fedtailor.tuned import Tensors, Tuned
+from fedtailor.tuned import HEAD, Tensors, Tuned
 
 WEIGHT = "prompt_encoder.default.embedding.weight"
 FIRST, LAST = "prompt_encoder.default.transform.0", "prompt_encoder.default.transform.2"
@@ -58,10 +58,9 @@ class Prefix(Averaging):
 
     def initial(self, resident: Resident, tuned: Tuned, seed: int) -> Tensors:
         dice = torch.Generator().manual_seed(seed % 2**63)
-        tensors = {
-            n: 0.02 * torch.randn(t.shape, generator=dice) for n, t in tuned.tensors().items() if n[:5] != "head."
-        }
-        head = {n: t for n, t in tuned.tensors().items() if n[:5] == "head."}
+        blank = tuned.tensors()
+        tensors = {n: 0.02 * torch.randn(t.shape, generator=dice) for n, t in blank.items() if n not in HEAD}
+        head = {n: t for n, t in blank.items() if n in HEAD}
         if not self.init_text or resident.classifier:
             return tensors | head
         if resident.kind == "seq2seq":
@@ -105,13 +104,12 @@ class Prefix(Averaging):
             return self, dict(tensors)
         inside = torch.tanh(tensors[WEIGHT] @ tensors[f"{FIRST}.weight"].T + tensors[f"{FIRST}.bias"])
         wide = inside @ tensors[f"{LAST}.weight"].T + tensors[f"{LAST}.bias"]
-        rest = {n: t for n, t in tensors.items() if n.startswith("head.")}
+        rest = {n: t for n, t in tensors.items() if n in HEAD}
         return replace(self, projection=False), {WEIGHT: wide, **rest}
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         method, collapsed = self.flat(resident, tensors)
-        head = tensors.get("head.bias")
-        save_adapter(method.put_on(resident, 0 if head is None else len(head)), collapsed, folder)
+        save_adapter(method.put_on(resident, labels_of(tensors)), collapsed, folder)
 
     def __post_init__(self) -> None:
         instruction(self.init_text)
