@@ -15,6 +15,35 @@ from commands import PROCESS, SLIM
 
 
 @dataclass
+class Kits:
+    """A federation's kits, and the processes that run over them, by name."""
+
+    kits: dict[str, Path]
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def stop(self, *names: str) -> None:
+        """All where none is named."""
+        chosen = names or tuple(self.running)
+        for name in chosen:
+            self.running[name].send_signal(signal.SIGTERM)
+        for name in chosen:
+            self.running.pop(name).wait(60)
+
+    def of(self, kit: str, fits: Callable[[list[str]], bool]) -> list[Any]:
+        """The engine's processes that name this kit in a command line that fits."""
+        import psutil  # comes with either engine
+
+        found = [(p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+        return [p for p, line in found if str(self.kits[kit]) in line and fits(line)]
+
+
+def killed(found: list[Any]) -> None:
+    assert found, "none of these runs"
+    for process in found:
+        process.kill()
+
+
+@dataclass
 class Background:
     """`with Background(folder) as running:` each command's output is a file in the folder."""
 
@@ -49,10 +78,10 @@ def trusting(kit: Path) -> None:
     file.write_text(f"server_names_data = true\n{file.read_text(encoding='utf-8')}", encoding="utf-8")
 
 
-def wait_for(what: Callable[[], Any], seconds: float) -> bool:
+def wait_for(what: Callable[[], Any], seconds: float, pause: float = 0.3) -> bool:
     end = time.monotonic() + seconds
     while not (done := what()) and time.monotonic() < end:
-        time.sleep(0.3)
+        time.sleep(pause)
     return bool(done)
 
 

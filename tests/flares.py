@@ -8,20 +8,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from background import Kits, free_port, killed, wait_for
 from fedtailor.engines import kit as kits
 from fedtailor.engines import nvflare_admin, nvflare_kit
 from fedtailor.engines.courier import Answer
@@ -33,13 +31,7 @@ WORKER = "import sys; from fedtailor.cli import main; main(['silo', '--config', 
 OWN = ("*.sock", "*.log", "log*.txt", "log.json", ".engine", ".program", "silo", "spool", "*-*-*-*-*", "jobs", "snapshots")
 
 
-@dataclass
-class Federation:
-    """Kits, and the processes that run over them."""
-
-    kits: dict[str, Path]
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
+class Federation(Kits):
     @property
     def port(self) -> int:
         return int(nvflare_kit.about(self.kits["server"], "server")["server"].rpartition(":")[2])
@@ -64,30 +56,12 @@ class Federation:
             command = [sys.executable, "-c", code, str(argument)]
             self.running[what] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
 
-    def stop(self, *names: str) -> None:
-        for name in names:
-            self.running[name].send_signal(signal.SIGTERM)
-        for name in names:
-            self.running.pop(name).wait(30)
-
     def processes(self, kit: str, module: str = "nvflare.private") -> list[Any]:
         """The engine's own, by their module."""
-        import psutil  # comes with NVFlare
-
-        found = [(p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-        return [p for p, line in found if str(self.kits[kit]) in line and any(module in word for word in line)]
+        return self.of(kit, lambda line: any(module in word for word in line))
 
     def kill(self, kit: str, module: str) -> None:
-        found = self.processes(kit, module)
-        assert found, f"no {module} runs"
-        for process in found:
-            process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+        killed(self.processes(kit, module))
 
 
 @pytest.fixture(scope="session")
@@ -122,11 +96,11 @@ def hello(flare: NVFlare, timeout: float = 30.0, body: bytes = b"") -> list[Answ
     return list(flare.exchange(SILOS, {"kind": "hello"}, body, timeout))
 
 
-def wait_for(what: Callable[[], Any], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (done := what()) and time.monotonic() < end:
-        time.sleep(0.2)
-    return bool(done)
+def names_one_alone(flare: NVFlare, lie: str, liar: str, told: str) -> None:
+    """Asked to tell this lie, this silo is lost with the reason, and the others answer."""
+    answers = {one.silo: one.lost for one in flare.exchange(SILOS, {"kind": "hello", "lie": lie}, b"", 30)}
+    assert told in answers.pop(liar)
+    assert set(answers.values()) == {""}
 
 
 def all_answer(flare: NVFlare, seconds: float = 90.0) -> bool:

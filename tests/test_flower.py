@@ -17,10 +17,10 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ import pytest
 import tomli_w
 import torch
 
-from background import trusting
+import background
+from background import Kits, free_port, killed, trusting
 from commands import PROCESS, Command
 from fedtailor import data as rows
 from fedtailor import experiment, find, models, wire
@@ -50,41 +51,19 @@ TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
 SILOS = ("cafe", "clinic", "shop")
 
 
-@dataclass
-class Federation:
-    """Kits, and the commands that run over them."""
-
-    kits: dict[str, Path]
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
+class Federation(Kits):
     def start(self, who: str) -> None:
         with (self.kits[who] / "test.log").open("a") as log:
             command = [*PROCESS, "server" if who == "server" else "silo", str(self.kits[who])]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             self.running[who] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    def stop(self) -> None:
-        for process in self.running.values():
-            process.send_signal(signal.SIGTERM)
-        for process in self.running.values():
-            process.wait(60)
-
     def processes(self, who: str, *names: str) -> list[psutil.Process]:
         """The engine's own, by the command they run."""
-        found = [(p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-        return [p for p, line in found if str(self.kits[who]) in line and any(name in line for name in names or COMMANDS)]
+        return self.of(who, lambda line: any(name in line for name in names or COMMANDS))
 
     def kill(self, who: str, name: str) -> None:
-        found = self.processes(who, name)
-        assert found, f"no {name} runs"
-        for process in found:
-            process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+        killed(self.processes(who, name))
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +98,7 @@ def hello(flower: Flower, timeout: float = 60.0) -> list[Answer]:
     return list(flower.exchange(SILOS, {"kind": "hello"}, b"", timeout))
 
 
-def wait_for(what: Callable[[], Any], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (done := what()) and time.monotonic() < end:
-        time.sleep(1.0)  # each look may be a message to every silo
-    return bool(done)
+wait_for = partial(background.wait_for, pause=1.0)  # each look may be a message to every silo
 
 
 def asked(method: str, *sets: str) -> experiment.Experiment:

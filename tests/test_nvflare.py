@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from background import wait_for
 from commands import Command
 from fedtailor import data as rows
 from fedtailor import experiment, find, models, packed, wire
@@ -29,7 +30,7 @@ from fedtailor.engines.nvflare import NVFlare
 from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.errors import UserError
-from flares import SILOS, Federation, all_answer, hello, listening, wait_for, worker_at
+from flares import SILOS, Federation, all_answer, hello, listening, worker_at
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedtailor[nvflare]'")
 pytestmark = pytest.mark.engines
