@@ -15,7 +15,6 @@ import os
 import queue
 import select
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from fedtailor.engines import courier, frames
 from fedtailor.engines.answered import answered
 from fedtailor.engines.nvflare_kit import SOCKET, worker_socket
 from fedtailor.errors import FedtailorError, printable
+from fedtailor.packed import nameless
 
 CHUNK = 16 * 1024**2  # bytes of one call: NVFlare holds each about ten times over on its way
 
@@ -195,9 +195,7 @@ def kit() -> Path:
 
 def spool(kit: Path) -> BinaryIO:
     """A file without a name in the kit's own folder: gone with the process that holds it."""
-    folder = kit / "spool"
-    folder.mkdir(exist_ok=True, mode=0o700)
-    return tempfile.TemporaryFile(dir=folder, buffering=0)
+    return nameless(kit / "spool")
 
 
 def pread(file: BinaryIO, offset: int, count: int) -> bytes:
