@@ -97,7 +97,19 @@ def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
     return float(f1_score(true, told, sample_weight=weights, average="macro", zero_division=0))
 
 
-def summary(per_silo: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+def summary(counts: Mapping[str, Counts]) -> dict[str, dict[str, Any]]:
+    """{metric: {"mean", "worst", "per_silo", "pooled"}}; "pooled" is over all silos' rows together, each row counting the same.
+
+    Silos that tell apart other labels have nothing pooled.
+    """
+    out = over_silos({silo: metrics(one) for silo, one in counts.items()})
+    if len({len(one.confusion) for one in counts.values() if one.rows}) == 1:
+        for name, value in metrics(joint(list(counts.values()))).items():
+            out[name]["pooled"] = value
+    return out
+
+
+def over_silos(per_silo: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
     """{metric: {"mean", "worst", "per_silo"}} over the silos that have it."""
     names = sorted({name for found in per_silo.values() for name in found})
     out = {}
@@ -112,10 +124,27 @@ def better(name: str, new: float, old: float) -> bool:
     return new < old if name in LOWER_IS_BETTER else new > old
 
 
-def ask_all(ask: Ask, body: Evaluate, to: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Metrics per silo."""
+def joint(some: Sequence[Counts]) -> Counts:
+    """The counts of all rows of these."""
+    wide = [one for one in some if one.rows]
+    return Counts(
+        rows=sum(one.rows for one in wide),
+        places=sum(one.places for one in wide),
+        nll=math.fsum(one.nll for one in wide),
+        confusion=tuple(
+            tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*(one.confusion for one in wide), strict=True)
+        ),
+        exact=sum(one.exact for one in wide),
+        rouge_l=math.fsum(one.rouge_l for one in wide),
+        bleu=tuple(map(sum, zip(*(one.bleu for one in wide), strict=True))),
+        told=any(one.told for one in wide),
+    )
+
+
+def ask_all(ask: Ask, body: Evaluate, to: Sequence[str] | None = None) -> dict[str, Counts]:
+    """Each silo's counts."""
     replies: Sequence[Reply[Counts]] = list(ask(evaluate, body, to=to))
-    return {reply.silo: metrics(reply.body) for reply in replies}
+    return {reply.silo: reply.body for reply in replies}
 
 
 def evaluate_many(silos: Sequence[Silo], body: Evaluate) -> list[Counts]:

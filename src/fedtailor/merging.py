@@ -23,11 +23,15 @@ def _merged(key: str, values: list[Any], seeds: Sequence[int]) -> Any:
     if isinstance(values[0], dict) and "mean" in values[0]:
         means = [value["mean"] for value in values]
         held = [value["per_silo"] for value in values]  # a partition may leave a silo without test rows under some seed
+        pooled = [value["pooled"] for value in values if "pooled" in value]
         return {
             "mean": statistics.fmean(means), "spread": statistics.stdev(means),
             "worst": statistics.fmean(value["worst"] for value in values),
             "per_silo": {s: statistics.fmean(by[s] for by in held if s in by) for one in held for s in one},
             "by_seed": {str(seed): mean for seed, mean in zip(seeds, means, strict=True)},
+            **({"pooled": statistics.fmean(pooled), "pooled_spread": statistics.stdev(pooled),
+                "pooled_by_seed": {str(seed): one for seed, one in zip(seeds, pooled, strict=True)}}
+               if len(pooled) == len(values) else {}),
         }  # fmt: skip
     if key == "own":
         shared = [name for name in values[0] if all(name in value for value in values)]

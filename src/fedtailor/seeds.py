@@ -145,16 +145,19 @@ class Seed:
             for name, value in part.items()
             if isinstance(value, dict) and "mean" in value
         }
-        everywhere = {
-            silo: {name: part[name]["mean"] for name in names if name in part} for silo, part in parts.items()
-        }
+        everywhere, pooled = (
+            scoring.over_silos({silo: {n: part[n][kind] for n in names if kind in part.get(n, {})} for silo, part in parts.items()})
+            for kind in ("mean", "pooled")
+        )
+        for name, found in pooled.items():
+            everywhere[name]["pooled"] = found["mean"]
         own = {
             silo: {n: part[n]["per_silo"][silo] for n in names if silo in part.get(n, {}).get("per_silo", {})}
             for silo, part in parts.items()
         }
         first = next(iter(parts.values()))
         return {
-            **scoring.summary(everywhere), "own": scoring.summary(own),
+            **everywhere, "own": scoring.over_silos(own),
             **{name: sum(part[name] for part in parts.values()) for name in ADDED},
             "peak_memory_mb": max(part["peak_memory_mb"] for part in parts.values()),
             "trained_parameters": first["trained_parameters"], "rounds": self.run.experiment.rounds,
@@ -181,8 +184,8 @@ class Seed:
             cohort=experiment.engine.cohort, plan=dict(self.run.plan["cohort"]), on_plan=self.run.planned, **more,
         )  # fmt: skip
 
-    def _tested(self, served: Any) -> tuple[dict[str, dict[str, float]], tuple[int, int], dict[str, int]]:
-        """Metrics per silo on the test rows: read once, here. Then bytes up and down, and which silos are missing, and why."""
+    def _tested(self, served: Any) -> tuple[dict[str, scoring.Counts], tuple[int, int], dict[str, int]]:
+        """Counts per silo on the test rows: read once, here. Then bytes up and down, and which silos are missing, and why."""
         tested = {name: rows for name, rows in self.data.items() if rows.test or self.run.courier}
         if not tested:
             return {}, (0, 0), {}

@@ -62,7 +62,7 @@ class Trained:
     """Up, each round: what changed. Leaves out rows, tokens, per-row losses and optimizer state."""
 
     delta: Tensors  # fp32, same names and shapes as asked
-    weight: float  # rows seen this round
+    weight: float  # rows seen this round, or rows held: `Averaging.weigh`
     loss: float  # mean nats per label place while training; lower is better
     control: Tensors = field(default_factory=dict)  # SCAFFOLD: the change of the silo's mean gradient
 
@@ -81,7 +81,7 @@ class Trained:
             return f"{bad} is not finite"
         if not math.isfinite(self.loss):
             return f"loss is {self.loss}"
-        if not 0 < self.weight <= len(asked.lrs) * asked.method.batch_size * asked.method.accumulate * 1024:
+        if not 0 < self.weight <= asked.method.most_rows(len(asked.lrs)):
             return f"weight {self.weight} is out of bounds"
         limit = asked.method.max_delta_norm
         if limit is not None and (norm := _norm(self.delta)) > limit:
@@ -134,6 +134,7 @@ class Averaging(Method[State], abc.ABC):
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # over all rounds
     warmup_rounds: NotNegative = 0.0
     aggregate: str = "mean"
+    weigh: Literal["seen", "held"] = "seen"  # a reply's weight: rows seen this round, or (on the silo's word) rows held
     max_delta_norm: Positive | None = None  # a reply with a larger one is rejected
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # Reddi et al. 2021
     server_lr: Positive = 1.0
@@ -227,6 +228,10 @@ class Averaging(Method[State], abc.ABC):
             self, local_steps=self.local_steps * silos, optimizer_state="keep", server_optimizer="none", server_lr=1.0,
             aggregate="mean", prox=0.0, scaffold=False, max_delta_norm=None,
         )  # fmt: skip
+
+    def most_rows(self, steps: int) -> float:
+        """The largest weight that is believed; a silo may have settings of its own, and a held set is not known here."""
+        return 2.0**31 if self.weigh == "held" else steps * self.batch_size * self.accumulate * 1024.0
 
     def lrs(self, number: int, rounds: int) -> tuple[float, ...]:
         """The learning rate of each local step of a round (1-based)."""
@@ -339,7 +344,8 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
             gradient = {n: done.gradient[n][s].cpu() for n in control}
             shift = {n: _padded(g - mine[s][n], body.control[n].shape) for n, g in gradient.items()}
             silo.memory["control"] = {**silo.memory.get("control", {}), **gradient}
-        replies.append(Trained(delta, float(len(how.lrs) * how.batch_size * how.accumulate), done.loss[s], shift))
+        weight = len(silo.data.train) if body.method.weigh == "held" else len(how.lrs) * how.batch_size * how.accumulate
+        replies.append(Trained(delta, float(weight), done.loss[s], shift))
     return replies
 
 
