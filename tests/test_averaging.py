@@ -20,7 +20,6 @@ from fedtailor.errors import RunError, SiloError
 from fedtailor.methods.averaging import (
     Averaging,
     Begin,
-    State,
     Train,
     Trained,
     _norm,
@@ -214,51 +213,6 @@ def one(value: float) -> Tensors:
     return {"w": torch.tensor([value])}
 
 
-def scalar_run(method: Averaging, deltas: list[float], begin: float = 1.0) -> list[float]:
-    state, seen = State(one(begin)), []
-    for delta in deltas:
-        tensors, moments = method.moved(state, one(delta))
-        state = wire.unpack(wire.pack(State(tensors, moments)))
-        seen.append(tensors["w"].item())
-    return seen
-
-
-def test_no_server_optimizer() -> None:
-    assert scalar_run(Full(), [0.5, -0.25]) == pytest.approx([1.5, 1.25])
-    assert scalar_run(Full(server_lr=0.1), [0.5, -0.25]) == pytest.approx([1.05, 1.025])
-
-
-def test_server_momentum_by_hand() -> None:
-    """m = .9 m + d: .5, then .9 * .5 - .25 = .2, then .9 * .2 + 0 = .18; each times .1."""
-    method = Full(server_optimizer="momentum", server_lr=0.1)
-    assert scalar_run(method, [0.5, -0.25, 0.0]) == pytest.approx([1.05, 1.07, 1.088])
-
-
-def test_server_adam_by_hand() -> None:
-    """beta1 = .5, beta2 = .75, epsilon = .5, so v begins at .25.
-
-    Round 1: m = .5 * 2 = 1; v = .75 * .25 + .25 * 4 = 1.1875.
-    Round 2: m = .5 * 1 - .5 * 1 = 0: no move; v = .75 * 1.1875 + .25 = 1.140625.
-    Round 3: m = .5 * 0 + .5 * 1 = .5; v = .75 * 1.140625 + .25 = 1.10546875.
-    """
-    method = Full(
-        server_optimizer="adam", server_lr=0.1, server_momentum=0.5, server_beta2=0.75, server_epsilon=0.5
-    )
-    first = 1 + 0.1 * 1 / (math.sqrt(1.1875) + 0.5)
-    third = first + 0.1 * 0.5 / (math.sqrt(1.10546875) + 0.5)
-    assert scalar_run(method, [2.0, -1.0, 1.0]) == pytest.approx([first, first, third], rel=1e-6)
-
-
-def test_server_yogi_by_hand() -> None:
-    """v moves by (1 - beta2) d^2 towards d^2: from .25 up by .25 * 4 to 1.25; then, above 1, down by .25 * 1 to 1."""
-    method = Full(
-        server_optimizer="yogi", server_lr=0.1, server_momentum=0.5, server_beta2=0.75, server_epsilon=0.5
-    )
-    first = 1 + 0.1 * 1 / (math.sqrt(1.25) + 0.5)
-    second = first + 0.1 * 1 / (math.sqrt(1.0) + 0.5)  # m = .5 * 1 + .5 * 1
-    assert scalar_run(method, [2.0, 1.0]) == pytest.approx([first, second], rel=1e-6)
-
-
 GOOD = Trained({"a": torch.zeros(2, 3), "b": torch.ones(1)}, 16.0, 1.0)
 ASKED = Train(Full(local_steps=2, batch_size=8), {"a": torch.ones(2, 3), "b": torch.ones(1)}, (0.1, 0.1))
 BAD: dict[str, tuple[Trained, str]] = {
@@ -292,6 +246,29 @@ def test_the_norm_is_over_all_tensors() -> None:
     assert at(5.01) is None
     assert at(None) is None
     assert at(4.99) == "norm 5 is above method.max_delta_norm = 4.99"
+
+
+def test_a_reply_weighs_what_the_method_says(llama: Resident, written: Silos) -> None:
+    """20 rows seen by each; held: as many as each silo has to train on."""
+    for weigh, expected in (("seen", [20.0] * 3), ("held", [float(len(data.train)) for data in written.values()])):
+        body = asked(llama, written, replace(METHODS["lora"], weigh=weigh))
+        replies = [train(silo, body) for silo in silos_of(llama, written)]
+        assert [reply.weight for reply in replies] == expected
+        assert all(reply.problem(body) is None for reply in replies)
+    assert "out of bounds" in str(replace(replies[0], weight=2.0**32).problem(body))
+
+
+def test_the_servers_rate_follows_its_schedule(llama: Resident, written: Silos) -> None:
+    """Of 2 rounds, linear: the middle of each, .75 and .25 of server_lr."""
+    method = Lora(local_steps=1, batch_size=2, gap=False, server_lr=2.0, server_schedule="linear")
+    at = engine(llama, written)
+    state = method.begin(at.reach(0))
+    for number, lr in ((1, 1.5), (2, 0.5)):
+        body, before = method.asked(state, at.reach(number)), state
+        delta = {n: torch.ones_like(t) for n, t in body.tensors.items()}
+        state = method.stepped(state, at.reach(number), body, delta, {}, {}, 3)
+        for n, t in state.tensors.items():
+            assert torch.allclose(t, before.tensors[n] + lr), n
 
 
 def test_pooled_does_the_work_of_all_silos() -> None:

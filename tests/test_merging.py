@@ -34,6 +34,7 @@ def test_a_merge_by_hand() -> None:
     assert merged["accuracy"]["per_silo"] == pytest.approx({"a": 0.5, "b": 0.8})
     assert (merged["bytes_up"], merged["peak_memory_mb"]) == (30, 9.0)
     assert (merged["trained_parameters"], merged["rounds"]) == (7, 4)
+    assert "pooled" not in merged["accuracy"]
     assert merged["rejected"] == {"a: nan": 3, "b: late": 1}
     assert "only_here" not in merged
     assert "samples" not in merged
@@ -47,6 +48,15 @@ def test_a_merge_of_silos_that_not_every_seed_has() -> None:
         merged = merge({i: {"federated": part} for i, part in enumerate(order)})["federated"]["accuracy"]
         assert merged["mean"] == pytest.approx(0.6)
         assert merged["per_silo"]["a"] == pytest.approx(0.5)
+
+
+def test_what_is_over_all_rows_is_merged_too() -> None:
+    parts = [row((0.5, 0.7)), row((0.5, 0.7))]
+    for part, pooled in zip(parts, (0.6, 0.8), strict=True):
+        part["accuracy"]["pooled"] = pooled
+    merged = merge(dict(enumerate({"federated": part} for part in parts)))["federated"]["accuracy"]
+    assert (merged["pooled"], merged["pooled_spread"]) == pytest.approx((0.7, math.sqrt(0.02)))
+    assert merged["pooled_by_seed"] == {"0": 0.6, "1": 0.8}
 
 
 def test_own_figures_are_merged_too() -> None:

@@ -311,11 +311,19 @@ def test_curves_stay_inside_their_frame(losses: tuple[float, ...]) -> None:
     assert all(0 < y < 270 for y in ticks)
 
 
-def test_numbers_as_people_read_them() -> None:
-    sizes = [report.size(count) for count in (0, 999, 1000, 99_960, 999_600, 2.5e12, None, float("nan"))]
-    assert sizes == ["0 B", "999 B", "1.0 kB", "100 kB", "1.0 MB", "2.5 TB", "–", "–"]
-    assert [report.duration(s) for s in (0.04, 59.4, 90, 900, 5400)] == ["0.0 s", "59 s", "1.5 min", "15 min", "1.5 h"]
-    assert [report.number(value) for value in (0.12345, 1, 12.34, True)] == ["0.123", "1.000", "12.3", "–"]
+def test_figures_over_all_rows_stand_beside_the_means() -> None:
+    """Where a run has them (older ones have none), in Markdown and on the page; the terminal has no room."""
+    result = a_result()
+    assert "all rows" not in report.markdown(result)
+    for line in result["rows"].values():
+        line["accuracy"]["pooled"] = 0.4321
+    head, _, *body = [line for line in report.markdown(result).splitlines() if line.startswith("|")]
+    at = [cell.strip() for cell in head.split("|")].index("all rows")
+    told = {line.split("|")[1].strip(" *"): line.split("|")[at].strip(" *") for line in body}
+    assert told.pop("alone, own") == "–"  # counted by each silo over its own rows
+    assert set(told.values()) == {"0.432"}
+    assert head.count("all rows") == 1
+    assert "0.432" not in in_terminal(result, width=200)
 
 
 def test_the_terminal_table_fits_80_columns() -> None:

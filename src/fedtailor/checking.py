@@ -88,7 +88,7 @@ def _costs(method: Any, resident: models.Resident) -> tuple[str, str, str]:
     except UserError as error:
         return str(error).partition(":")[0].removeprefix("[method] "), "-", "-"
     numbers = sum(t.numel() for t in body.delta.values())
-    return f"{numbers:,}", f"{len(wire.pack(body)):,}", "yes" if method.cohort else "no"
+    return f"{numbers:,}", f"{len(wire.pack(body)):,}", "no" if method.one_by_one else "yes"
 
 
 def _own(kind: type[Any]) -> list[Any]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,82 +18,27 @@ from typing import TYPE_CHECKING, Any
 
 from fedtailor import plots
 from fedtailor.errors import RunError, UserError
+from fedtailor.figures import (
+    COSTS,
+    METRICS,
+    ROWS,
+    Cost,
+    clean,
+    cost_of,
+    is_number,
+    metric_of,
+    number,
+    with_spread,
+    words,
+)
 from fedtailor.files import placeless
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 VERSION = 1  # of result.json
-MISSING = "\N{EN DASH}"
 MOST_PROMPTS = 8
 MOST_BARS = 24  # silos with bars; the numbers of all are in the page's table
-
-
-@dataclass(frozen=True)
-class Metric:
-    label: str
-    better: str = ""  # "higher", "lower", or "" where it is not known
-
-    @property
-    def arrow(self) -> str:
-        return {"higher": " ↑", "lower": " ↓"}.get(self.better, "")
-
-
-# Columns and lines stand in this order; what is not here comes after, under its own name. The page says what they mean.
-METRICS = {
-    "accuracy": Metric("accuracy", "higher"), "macro_f1": Metric("macro F1", "higher"),
-    "rouge_l": Metric("ROUGE-L", "higher"), "bleu": Metric("BLEU", "higher"), "exact_match": Metric("exact match", "higher"),
-    "loss": Metric("loss", "lower"), "gap": Metric("exactness gap of the aggregation", "lower"),
-}
-ROWS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "alone": "alone", "alone.own": "alone, own",
-        "federated": "federated", "centralized": "centralized"}
-
-
-def number(value: Any) -> str:
-    """Three decimals, or one from 10 upwards (BLEU in per cent, a perplexity)."""
-    if not _is_number(value):
-        return MISSING
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def size(count: Any) -> str:
-    """Bytes in powers of 1000."""
-    return _scaled(count, (" B", " kB", " MB", " GB", " TB"))
-
-
-def duration(seconds: Any) -> str:
-    if not _is_number(seconds):
-        return MISSING
-    if seconds < 60:
-        return f"{seconds:.{int(seconds < 9.95)}f} s"
-    value, unit = (seconds / 60, "min") if seconds < 5400 else (seconds / 3600, "h")
-    return f"{value:,.{int(value < 9.95)}f} {unit}"
-
-
-def _scaled(count: Any, units: Sequence[str]) -> str:
-    if not _is_number(count):
-        return MISSING
-    power = 0
-    while abs(count) >= 999.5 and power < len(units) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:,.{1 if power and abs(count) < 99.95 else 0}f}{units[power]}"
-
-
-@dataclass(frozen=True)
-class Cost:
-    label: str
-    show: Callable[[Any], str] = number
-    unit: str = ""  # of the exact value
-
-
-COSTS = {
-    "bytes_up": Cost("up", size, "bytes"),
-    "bytes_down": Cost("down", size, "bytes"),
-    "seconds": Cost("time", duration, "seconds"),
-    "peak_memory_mb": Cost("memory", lambda mb: size(mb * 1e6) if _is_number(mb) else MISSING, "MB"),
-    "trained_parameters": Cost("params", lambda count: _scaled(count, ("", " k", " M", " G")), "parameters"),
-}
 
 
 @dataclass(frozen=True)
@@ -112,8 +56,8 @@ class Line:
     def exact(self, cost: str) -> str:
         """`cost` in full, and beside it what evaluation cost of the same: no column of its own."""
         value, tests = self.row.get(cost), self.row.get(f"evaluation_{cost}")
-        apart = f"; evaluation {tests:,}" if _is_number(tests) else ""
-        return f"{value:,} {COSTS.get(cost, Cost('')).unit}".strip() + apart if _is_number(value) else ""
+        apart = f"; evaluation {tests:,}" if is_number(tests) else ""
+        return f"{value:,} {COSTS.get(cost, Cost('')).unit}".strip() + apart if is_number(value) else ""
 
 
 def write(folder: Path) -> Path:
@@ -125,7 +69,7 @@ def write(folder: Path) -> Path:
     source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: _clean(value) if type(value) is str else value,
+        finalize=lambda value: clean(value) if type(value) is str else value,
     )
     page = environment.from_string(source).render(_view(folder, result))
     path = folder / "report.html"
@@ -197,7 +141,7 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
     for key in _ordered(rows, ROWS):
         found.append(Line(key, _label(key), _metrics(rows[key]), rows[key]))
         if own := _metrics(rows[key].get("own") or {}):
-            found.append(Line(f"{key}.own", ROWS.get(f"{key}.own", f"{_words(key)}, own"), own, {}))
+            found.append(Line(f"{key}.own", ROWS.get(f"{key}.own", f"{words(key)}, own"), own, {}))
     return found
 
 
@@ -208,11 +152,11 @@ def table(result: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     first = primary(result)
-    head, body = _grid(result, worst=(first,))
+    head, body = _grid(result, worst=(first,), pooled=())
     if not body:
         return Table(summary(result), box=None)
     # Text, not str: rich reads [words] in a str as markup.
-    view = Table(title=Text(_clean(result.get("name", ""))), caption=Text(summary(result)), caption_justify="left",
+    view = Table(title=Text(clean(result.get("name", ""))), caption=Text(summary(result)), caption_justify="left",
                  box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for i, label in enumerate(head):
         # In a narrow terminal a heading or a spread may go to a second line, a number may not be torn from its unit.
@@ -224,8 +168,9 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The summary, then a table with mean and worst of each metric and the costs. Ends with a newline."""
-    head, body = _grid(result, worst=_metric_names(lines(result)))
+    """The summary, then a table with each metric's mean, worst and over all rows, and the costs. Ends with a newline."""
+    found = lines(result)
+    head, body = _grid(result, worst=_metric_names(found), pooled=_pooled(found))
     rows = [[_markdown_text(cell) for cell in head], ["---"] + ["--:"] * (len(head) - 1)]
     for line, cells in body:
         shown = [_markdown_text(cell) for cell in cells]
@@ -234,12 +179,19 @@ def markdown(result: Mapping[str, Any]) -> str:
     return text + "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n" if body else text
 
 
-def _grid(result: Mapping[str, Any], worst: Sequence[str]) -> tuple[list[str], list[tuple[Line, list[str]]]]:
-    """Head and lines of a plain table; the metrics in `worst` have a column for it."""
+def _pooled(found: Sequence[Line]) -> list[str]:
+    """Metrics that were counted over all rows together."""
+    return [name for name in _metric_names(found) if any("pooled" in line.metrics.get(name, {}) for line in found)]
+
+
+def _grid(
+    result: Mapping[str, Any], worst: Sequence[str], pooled: Sequence[str]
+) -> tuple[list[str], list[tuple[Line, list[str]]]]:
+    """Head and lines of a plain table; the metrics in `worst` have a column for it, and those in `pooled`."""
     found, first, head = lines(result), primary(result), [""]
     names = sorted(_metric_names(found), key=lambda name: name != first)
     for name in names:
-        head += [metric_of(name).label + metric_of(name).arrow] + ["worst"] * (name in worst)
+        head += [metric_of(name).label + metric_of(name).arrow] + ["worst"] * (name in worst) + ["all rows"] * (name in pooled)
     costs = _cost_names(found)
     head += [cost_of(cost).label for cost in costs]
     body = []
@@ -248,6 +200,7 @@ def _grid(result: Mapping[str, Any], worst: Sequence[str]) -> tuple[list[str], l
         for name in names:
             metric = line.metrics.get(name, {})
             cells += [with_spread(metric)] + [number(metric.get("worst"))] * (name in worst)
+            cells += [number(metric.get("pooled"))] * (name in pooled)
         body.append((line, cells + [cost_of(cost).show(line.row.get(cost)) if line.row else "" for cost in costs]))
     return head, body
 
@@ -275,7 +228,8 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "result": result, "name": result.get("name") or folder.resolve().name, "summary": summary(result),
         "method": _method(result), "seeds": result.get("seeds") or [], "silos": silos, "lines": found, "kinds": kinds,
-        "metrics": {name: metric_of(name) for name in names}, "costs": {n: cost_of(n) for n in _cost_names(found)},
+        "metrics": {name: metric_of(name) for name in names}, "pooled": _pooled(found),
+        "costs": {n: cost_of(n) for n in _cost_names(found)},
         "best": {name: _best(name, [line.mean(name) for line in found]) for name in names},
         "panels": {name: svg for name, svg in panels.items() if svg}, "best_rounds": best,
         "legend": {curve.row: Markup(plots.swatch(curve, kinds[curve.row])) for curve in curves},
@@ -338,39 +292,21 @@ def _metric_names(found: Sequence[Line]) -> list[str]:
 
 def _cost_names(found: Sequence[Line]) -> list[str]:
     return _ordered((name for line in found for name, value in line.row.items()
-                     if _is_number(value) and not name.startswith(("rounds", "best_round", "evaluation_"))), COSTS)
-
-
-def metric_of(name: str) -> Metric:
-    return METRICS.get(name) or Metric(_words(name))
-
-
-def cost_of(name: str) -> Cost:
-    return COSTS.get(name) or Cost(_words(name))
+                     if is_number(value) and not name.startswith(("rounds", "best_round", "evaluation_"))), COSTS)
 
 
 def _label(row: str) -> str:
-    return ROWS.get(row) or _words(row)
-
-
-def _words(name: str) -> str:
-    return _clean(name).replace("_", " ")
-
-
-def with_spread(metric: Mapping[str, Any]) -> str:
-    """The mean, and ± its standard deviation over the seeds where there are several."""
-    spread = metric.get("spread")
-    return number(metric.get("mean")) + (f" ±{number(spread)}" if _is_number(spread) else "")
+    return ROWS.get(row) or words(row)
 
 
 def _per_silo(line: Line, name: str) -> dict[str, float]:
     values = line.metrics.get(name, {}).get("per_silo") or {}
-    return {silo: value for silo, value in values.items() if _is_number(value)}
+    return {silo: value for silo, value in values.items() if is_number(value)}
 
 
 def _best(name: str, values: Iterable[Any]) -> float | None:
     """The best of the finite values; None without any, or where no direction is known."""
-    finite = [float(value) for value in values if _is_number(value)]
+    finite = [float(value) for value in values if is_number(value)]
     choose = {"higher": max, "lower": min}.get(metric_of(name).better)
     return choose(finite) if choose and finite else None
 
@@ -382,16 +318,7 @@ def _silos(result: Mapping[str, Any]) -> list[str]:
 
 def _method(result: Mapping[str, Any]) -> str:
     method = (result.get("experiment") or {}).get("method")
-    return _clean((method.get("name") or "") if isinstance(method, Mapping) else method or "")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _clean(value: Any) -> str:
-    """Without control characters: they upset terminals, have no place in HTML, or turn the direction of text."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value))
+    return clean((method.get("name") or "") if isinstance(method, Mapping) else method or "")
 
 
 def _markdown_text(text: str) -> str:

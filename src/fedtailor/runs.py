@@ -116,11 +116,13 @@ class Run:
 
     def _environment(self, resident: models.Resident, data_sha256: str) -> dict[str, Any]:
         cohort = self.experiment.engine.cohort
+        alone = getattr(self.experiment.method, "one_by_one", "")
         return {
             "fedtailor": __version__, **models.versions(), "python": platform.python_version(), "system": platform.system(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
             "dtype": str(resident.module.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-            "cohort": max([1, *self.plan["cohort"].values()]) if cohort == "auto" else cohort,
+            "cohort": max([1, *self.plan["cohort"].values()]) if cohort == "auto" or alone else cohort,
+            **({"cohort_note": f"silos trained one by one: {alone}"} if alone else {}),
             "model": resident.source if resident.source == "tiny" else self.experiment.model.name,
             "model_kind": resident.kind, "model_sha256": resident.sha256, "data_sha256": data_sha256,
         }  # fmt: skip

@@ -146,7 +146,9 @@ class Seed:
             if isinstance(value, dict) and "mean" in value
         }
         everywhere, pooled = (
-            scoring.over_silos({silo: {n: part[n][kind] for n in names if kind in part.get(n, {})} for silo, part in parts.items()})
+            scoring.over_silos(
+                {silo: {n: part[n][kind] for n in names if kind in part.get(n, {})} for silo, part in parts.items()}
+            )
             for kind in ("mean", "pooled")
         )
         for name, found in pooled.items():

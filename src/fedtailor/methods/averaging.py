@@ -22,7 +22,7 @@ from fedtailor.answering import Answers
 from fedtailor.core import Ask, Method, Silo, in_silo
 from fedtailor.errors import RunError, SiloError
 from fedtailor.exporting import save_adapter
-from fedtailor.methods import targets
+from fedtailor.methods import fedopt, targets
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors, Tuned, joined
 
@@ -136,8 +136,9 @@ class Averaging(Method[State], abc.ABC):
     aggregate: str = "mean"
     weigh: Literal["seen", "held"] = "seen"  # a reply's weight: rows seen this round, or (on the silo's word) rows held
     max_delta_norm: Positive | None = None  # a reply with a larger one is rejected
-    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # Reddi et al. 2021
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # see `fedopt`
     server_lr: Positive = 1.0
+    server_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of server_lr, over all rounds
     server_momentum: Decay = 0.9
     server_beta2: Decay = 0.99
     server_epsilon: Positive = 1e-3
@@ -156,9 +157,9 @@ class Averaging(Method[State], abc.ABC):
         return False
 
     @property
-    def cohort(self) -> bool:
-        """Whether many silos can train in one pass."""
-        return not self.dropping
+    def one_by_one(self) -> str:
+        """Why silos cannot train many in one pass; empty where they can."""
+        return "each silo draws dropout masks of its own" if self.dropping else ""
 
     def mine(self, settings: Mapping[str, Any]) -> Averaging:
         """This method with a silo's own settings."""
@@ -194,7 +195,7 @@ class Averaging(Method[State], abc.ABC):
             if not all(bool(d.isfinite().all()) for d in delta.values()):
                 raise RunError(f"round {ask.round}: method.aggregate = {self.aggregate!r} gave numbers that are not finite")
             loss = mean_loss(replies)
-        return self.stepped(state, body, delta, {"train_loss": loss}, shift, silos)
+        return self.stepped(state, ask, body, delta, {"train_loss": loss}, shift, silos)
 
     def asked(self, state: State, ask: Ask) -> Train:
         """What goes down in this round."""
@@ -208,10 +209,13 @@ class Averaging(Method[State], abc.ABC):
         return state.tensors, state.fixed
 
     def stepped(
-        self, state: State, body: Train, delta: Tensors, notes: Mapping[str, float], shift: Tensors, silos: int
+        self, state: State, ask: Ask, body: Train, delta: Tensors, notes: Mapping[str, float], shift: Tensors, silos: int
     ) -> State:
         """The state after the mean change `delta`. `shift`: of the control variates, by `silos` of all silos."""
-        tensors, moments = self.moved(replace(state, tensors=body.tensors), delta)
+        # taken in the middle of the round: the end of the last one is the end of the schedule, its 0
+        lr = self.server_lr * training.schedule(self.server_schedule, (ask.round - 0.5) / max(ask.rounds, 1), 0.0)
+        server = fedopt.Server(self.server_optimizer, lr, self.server_momentum, self.server_beta2, self.server_epsilon)
+        tensors, moments = server.step(body.tensors, state.moments, delta)
         part = silos / max(state.silos, silos)
         control = {n: body.control[n] + part * c for n, c in shift.items()}
         return replace(
@@ -226,7 +230,7 @@ class Averaging(Method[State], abc.ABC):
         """One pooled silo: as many local steps as all silos take, optimizer kept, nothing that is meant for many silos."""
         return replace(
             self, local_steps=self.local_steps * silos, optimizer_state="keep", server_optimizer="none", server_lr=1.0,
-            aggregate="mean", prox=0.0, scaffold=False, max_delta_norm=None,
+            server_schedule="constant", aggregate="mean", prox=0.0, scaffold=False, max_delta_norm=None,
         )  # fmt: skip
 
     def most_rows(self, steps: int) -> float:
@@ -254,28 +258,6 @@ class Averaging(Method[State], abc.ABC):
             self.prox,
             self.dropping,
         )
-
-    def moved(self, state: State, delta: Tensors) -> tuple[Tensors, Tensors]:
-        """The server's step with the mean change as its (negative) gradient: Reddi et al. 2021, algorithm 2."""
-        kind, lr = self.server_optimizer, self.server_lr
-        if kind == "none":
-            return {n: t + lr * delta[n] for n, t in state.tensors.items()}, {}
-        tensors, moments = {}, {}
-        for n, t in state.tensors.items():
-            d = delta[n]
-            m = state.moments.get(f"m/{n}", torch.zeros_like(t))
-            if kind == "momentum":  # FedAvgM (Hsu et al. 2019): no damping
-                m = self.server_momentum * m + d
-                tensors[n] = t + lr * m
-            else:
-                v = state.moments.get(f"v/{n}", torch.full_like(t, self.server_epsilon**2))
-                m = self.server_momentum * m + (1 - self.server_momentum) * d
-                gain = (1 - self.server_beta2) * d.square()
-                v = self.server_beta2 * v + gain if kind == "adam" else v - gain * (v - d.square()).sign()
-                tensors[n] = t + lr * m / (v.sqrt() + self.server_epsilon)
-                moments[f"v/{n}"] = v
-            moments[f"m/{n}"] = m
-        return tensors, moments
 
     def example(self, resident: Resident, labels: int) -> Trained:
         """A reply as it would leave a silo, of the same size but for a digit of the loss: what `fedtailor check` lists."""
@@ -351,7 +333,7 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
 
 def probe(body: Train) -> Train | None:
     """One local step, for timing a cohort; None where a cohort cannot stand in for the plain step."""
-    if not body.method.cohort:
+    if body.method.one_by_one:
         return None
     return replace(body, method=replace(body.method, local_steps=1), lrs=body.lrs[:1])
 

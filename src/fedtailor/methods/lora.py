@@ -106,7 +106,7 @@ class Lora(Averaging):
         weights = [reply.weight for reply in replies]
         delta = _mean([reply.delta for reply in replies], weights)
         shift = _mean([reply.control for reply in replies], weights)
-        after = self.stepped(state, body, delta, {"train_loss": mean_loss(replies)}, shift, len(replies))
+        after = self.stepped(state, ask, body, delta, {"train_loss": mean_loss(replies)}, shift, len(replies))
         tensors, fixed = dict(after.tensors), dict(after.fixed)
         missed = changed = 0.0
         for a, b in pairs(state.tensors):
@@ -147,8 +147,9 @@ class Lora(Averaging):
         exact = self.combine in ("exact", "svd")
         if exact and self.dora:
             raise ValueError(f"dora scales what A and B make, so combine = {self.combine!r} would not be exact; use mean")
-        if exact and (self.server_optimizer != "none" or self.server_lr != 1 or self.aggregate != "mean"):
-            what = "server_optimizer must be none, server_lr 1, aggregate mean"
+        servers = (self.server_optimizer, self.server_lr, self.server_schedule, self.aggregate)
+        if exact and servers != ("none", 1, "constant", "mean"):
+            what = "server_optimizer must be none, server_lr 1, server_schedule constant, aggregate mean"
             raise ValueError(f"combine = {self.combine!r} applies the mean itself: {what}")
         if self.combine == "svd" and self.optimizer_state == "keep":
             raise ValueError("combine = 'svd' turns the factors each round, so moments kept from before fit no more; use reset")

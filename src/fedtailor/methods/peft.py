@@ -29,8 +29,9 @@ class Peft(Averaging):
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def cohort(self) -> bool:
-        return self.type.lower() not in ALONE
+    def one_by_one(self) -> str:
+        alone = self.type.lower() in ALONE
+        return f"torch.func.vmap has no rule for what {self.type} computes with" if alone else super().one_by_one
 
     def config(self, resident: Resident) -> Any:
         import peft
