@@ -5,6 +5,7 @@ Methods are found by themselves. One thread and cohorts of one everywhere, as fo
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fedtailor.engines.courier import Answer, Sockets
 from fedtailor.engines.in_process import InProcess
 from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
+from fedtailor.models import Resident
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
 SILOS = ("cafe", "clinic", "shop")
@@ -95,6 +97,39 @@ def test_over_sockets(federation: Federation, method: str) -> None:
     assert wire.pack(report.state) == wire.pack(expected.state)
     assert [entry["val"] for entry in report.log] == [entry["val"] for entry in expected.log]
     assert {found.loads for found in engine.opened.values()} == {1}, "the base is loaded once, whatever the method"
+
+
+def base_of(folder: Path, architecture: str, load: Callable[[str], Any], resident: Resident) -> list[str]:
+    """What sets such a base, out of a folder, and rows that it can read."""
+    load(architecture).save_pretrained(folder)
+    resident.save_reader(folder)
+    sets = [f"model.name={folder}"]
+    if architecture != "vit":
+        return sets
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    chosen = [(picture * 15, n) for picture, n in zip(digits.images, digits.target, strict=True) if n < 2]
+    lines = [
+        json.dumps({"site": SILOS[i % 3], "picture": p.astype(int).tolist(), "mood": ("nought", "one")[n]})
+        for i, (p, n) in enumerate(chosen)
+    ]
+    (folder / "digits.jsonl").write_text("\n".join(lines))
+    return [*sets, f"data.source={folder}/digits.jsonl", "data.template=", "data.image=picture"]
+
+
+@pytest.mark.parametrize(("architecture", "method"), [("bert", "head"), ("bert", "lora"), ("t5", "prefix"), ("vit", "prefix")])
+def test_other_bases_over_sockets(
+    federation: Federation, tmp_path: Path, plain: Callable[[str], Any], resident_of: Callable[[str], Resident],
+    architecture: str, method: str,
+) -> None:  # fmt: skip
+    sets = base_of(tmp_path, architecture, plain, resident_of(architecture))
+    one = asked(f"method.name={method}", *sets)
+    assert models.load(one.model).kind == {"bert": "encoder", "t5": "seq2seq", "vit": "vision"}[architecture]
+    report, _ = afar(one, federation, f"{architecture}-{method}")
+    expected = here(one)
+    assert wire.pack(report.state) == wire.pack(expected.state)
+    assert [entry["val"] for entry in report.log] == [entry["val"] for entry in expected.log]
 
 
 @dataclass
