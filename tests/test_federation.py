@@ -15,7 +15,7 @@ import torch
 
 from background import left
 from commands import LABELLED
-from fedtailor import demo, experiment, models, runs
+from fedtailor import demo, experiment, packaged, runs
 from tiny_runs import conduct
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedtailor[nvflare]'")
@@ -76,6 +76,6 @@ def test_the_quickstart_over_a_federation_of_three_with_files_of_their_own(tmp_p
     there = json.loads((tmp_path / "afar" / "result.json").read_text())
     for name in ("accuracy", "loss"):
         assert there["rows"]["federated"][name] == here["rows"]["federated"][name]
-    base: Any = AutoModelForCausalLM.from_pretrained(models.folder("smollm2-135m"), dtype=torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(packaged.folder("smollm2-135m"), dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "afar" / "adapter")
     assert loaded.active_peft_config.num_virtual_tokens == 15

@@ -18,7 +18,8 @@ from fedtailor.fetch import sha256
 from fedtailor.methods.lora import Lora
 from fedtailor.methods.peft import Peft
 from fedtailor.methods.prefix import Prefix
-from fedtailor.models import PACKAGED, Base, Resident, best_dtype, folder, listing, load, resident
+from fedtailor.models import Base, Resident, best_dtype, load, resident
+from fedtailor.packaged import PACKAGED, folder, listing
 from fedtailor.tiny import byte_tokenizer, tiny
 
 

@@ -6,8 +6,8 @@
     print(result["rows"]["federated"]["accuracy"]["mean"])
 
 Over silos elsewhere (docs/federation.md): `fedtailor.run("urgency.toml", federation="kits/server")`.
-The other commands: `fedtailor.report.write(folder)` and `.markdown(result)`, `find.methods()`, `models.listing()` and
-`models.folder(name)`, `demo.names()` and `demo.fetch(name)`, `chatting.talk(folder, console, ...)`.
+The other commands: `fedtailor.report.write(folder)` and `.markdown(result)`, `find.methods()`, `packaged.listing()` and
+`packaged.folder(name)`, `demo.names()` and `demo.fetch(name)`, `chatting.talk(folder, console, ...)`.
 """
 
 from __future__ import annotations

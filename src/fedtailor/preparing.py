@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedtailor import answering, baselines, models
+from fedtailor import answering, baselines, models, packaged
 from fedtailor import data as rows_of
 from fedtailor.data import Row, SiloData
 from fedtailor.errors import SiloError, UserError, suggest
@@ -40,8 +40,8 @@ def kept_afar(experiment: Experiment, silos: Sequence[str]) -> rows_of.Loaded:
 def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loaded:
     errors: list[str] = []
     name = experiment.model.name
-    if not models.known(name):
-        errors.append(f"[model] name = {name!r}: no model, folder or hub id{suggest(name, models.listing())}")
+    if not packaged.known(name):
+        errors.append(f"[model] name = {name!r}: no model, folder or hub id{suggest(name, packaged.listing())}")
     loaded = None
     try:
         first = experiment.seeds[0]

@@ -117,6 +117,8 @@ class Run:
     def _environment(self, resident: models.Resident, data_sha256: str) -> dict[str, Any]:
         cohort = self.experiment.engine.cohort
         alone = getattr(self.experiment.method, "one_by_one", "")
+        if resident.quantized:
+            alone = "torch.func.vmap has no rule for quantized weights"
         return {
             "fedtailor": __version__, **models.versions(), "python": platform.python_version(), "system": platform.system(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",

@@ -47,6 +47,8 @@ def _merged(served: Any, adapter: Path, base: models.Base, folder: Path) -> None
     tuned = served.method.put_on(resident, served.labels)
     if why := VIRTUAL if tuned.shift else tuned.added.why if tuned.added is not None else "":
         raise UserError(f"{why}, so they cannot be merged; export without --merge")
+    if resident.quantized:
+        raise UserError("the base is quantized: merging would round what was learnt; export without --merge")
     resident.tuned()  # off again
     module = resident.module
     if tuned.added is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtailor.errors import UserError
 from fedtailor.methods.averaging import Averaging, Positive
 from fedtailor.models import Resident
 from fedtailor.tuned import HEAD
@@ -23,6 +24,8 @@ class Full(Averaging):
     lr: Positive = 5e-5
 
     def config(self, resident: Resident) -> Any:
+        if resident.quantized:
+            raise UserError("[method] full trains every weight, and those of a quantized base cannot be; choose lora, or another")
         return None
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
