@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -71,13 +72,16 @@ def list_methods(out: Console, model: str = "smollm2-135m") -> None:
     from fedtailor.methods.averaging import Averaging
 
     resident = models.load(models.Base(model))
-    table = Table("method", "what", "trained", "up", "cohort", "its own settings", title=f"on {escape(model)}")
+    table = Table("method", "what", "trained", "up", "cohort", title=f"on {escape(model)}")
     for name, kind in find.methods().items():
-        doc = (__import__(kind.__module__, fromlist=["_"]).__doc__ or "").strip().split("\n")[0]
-        settings = ", ".join(f"{f.name} = {_default(f)}" for f in _own(kind))
-        table.add_row(name, escape(doc), *_costs(kind(), resident), escape(settings))
+        doc = (__import__(kind.__module__, fromlist=["_"]).__doc__ or "").strip()
+        what = re.split(r"[:;,.](?:\s|$)(?!al\b)", doc.replace("et al.", "et al"), maxsplit=1)[0].replace("et al", "et al.")
+        table.add_row(name, escape(what), *_costs(kind(), resident))
     out.print(table)
     out.print("trained: numbers; up: bytes of one silo and round; cohort: many silos in one pass", highlight=False)
+    out.print("Settings of each:", highlight=False)
+    for name, kind in find.methods().items():
+        out.print(escape(f"  {name}: {', '.join(f'{f.name} = {_default(f)}' for f in _own(kind))}"), highlight=False)
     shared = ", ".join(f"{f.name} = {_default(f)}" for f in fields(Averaging))
     out.print(escape(f"Settings of all of them: {shared}"), highlight=False)
 

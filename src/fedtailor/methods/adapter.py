@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby et al. 2019; one after each block, as Pfeiffer et al. 2021): h + up(relu(down(h)))."""
+"""Bottleneck adapters (Houlsby et al. 2019), one after each block as in Pfeiffer et al. 2021: h + up(relu(down(h)))."""
 
 from __future__ import annotations
 
