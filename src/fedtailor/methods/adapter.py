@@ -17,7 +17,7 @@ from fedtailor.tuned import Tensors, Tuned
 class Adapter(Averaging):
     """Trains 2 * size * hidden + size + hidden numbers per block. Starts as the base: `up` is 0."""
 
-    lr: Positive = 2e-3
+    lr: Positive = 5e-3
     size: Count = 16  # width of the bottleneck
 
     def config(self, resident: Resident) -> Any:

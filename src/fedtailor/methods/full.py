@@ -21,7 +21,7 @@ from fedtailor.tuned import HEAD
 
 @dataclass(frozen=True)
 class Full(Averaging):
-    lr: Positive = 5e-5
+    lr: Positive = 3e-4
 
     def config(self, resident: Resident) -> Any:
         if resident.quantized:

@@ -14,7 +14,7 @@ from fedtailor.models import Resident
 class Head(Averaging):
     FOR: ClassVar[tuple[str, ...]] = ("encoder", "vision")
 
-    lr: Positive = 1e-2
+    lr: Positive = 3e-2
 
     def config(self, resident: Resident) -> Any:
         return added.Nothing()

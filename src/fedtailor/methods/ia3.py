@@ -14,7 +14,7 @@ from fedtailor.models import Resident
 class IA3(Averaging):
     """Starts as the base: every factor is 1."""
 
-    lr: Positive = 1e-2
+    lr: Positive = 3e-2
     targets: tuple[str, ...] = ()  # layers whose output is scaled; empty: PEFT's choice for the architecture
     feedforward: tuple[str, ...] = ()  # those of them whose input is scaled instead
 

@@ -35,7 +35,7 @@ class Lora(Averaging):
 
     PER_SILO = frozenset({"rank"})  # a silo of lower rank trains the first rows of A and columns of B
 
-    lr: Positive = 2e-3
+    lr: Positive = 5e-3
     rank: Count = 8
     scale: Positive = 2.0  # alpha / rank, so that the strength of the change does not depend on a silo's rank
     rslora: bool = False  # the change is scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023)

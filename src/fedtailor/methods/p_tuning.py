@@ -20,7 +20,7 @@ class PTuning(Averaging):
 
     FOR: ClassVar[tuple[str, ...]] = ("causal", "encoder", "seq2seq")
 
-    lr: Positive = 3e-3
+    lr: Positive = 1e-2
     virtual_tokens: Count = 16
     size: Annotated[int, Field(ge=1)] = 128  # hidden width of the network
 
