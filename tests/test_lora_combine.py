@@ -13,6 +13,7 @@ import torch
 from fedtailor.core import Reply, Silo, Total
 from fedtailor.data import SiloData
 from fedtailor.engines.in_process import InProcess
+from fedtailor.errors import UserError
 from fedtailor.methods.averaging import Adapted, State, Train, Trained, train
 from fedtailor.methods.lora import Lora, pairs
 from fedtailor.models import Resident
@@ -205,6 +206,8 @@ def test_the_gap_costs_the_sight_of_each_reply(llama: Resident, written: Mapping
         ({"combine": "svd", "server_optimizer": "adam"}, "server_optimizer must be none"),
         ({"combine": "exact", "aggregate": "median"}, "aggregate mean"),
         ({"combine": "svd", "optimizer_state": "keep"}, "use reset"),
+        ({"combine": "svd", "scaffold": True}, "scaffold = false"),
+        ({"combine": "exact", "dropout": 0.1}, "set dropout = 0"),
     ],
 )
 def test_what_would_not_be_exact_is_refused(settings: dict[str, Any], said: str) -> None:
@@ -218,3 +221,31 @@ def test_dora_trains_lengths_too(causal: Resident, written: Mapping[str, SiloDat
     assert len(lengths) == len(pairs(begun_)) > 0
     state = ran(causal, written, Lora(**SMALL, dora=True))
     assert all(not torch.equal(state.tensors[n], begun_[n]) for n in lengths)
+
+
+def test_no_gap_is_told_where_weights_are_no_sum(llama: Resident, written: Mapping[str, SiloData]) -> None:
+    assert "gap" not in ran(llama, written, Lora(**SMALL, dora=True, combine="frozen_a")).notes
+
+
+@pytest.mark.parametrize("combine", ["mean", "exact", "frozen_a", "alternate", "svd"])
+def test_a_pooled_silo_has_nothing_to_combine(combine: Any) -> None:
+    pooled = Lora(combine=combine).pooled(3)
+    assert (pooled.combine, pooled.optimizer_state, pooled.gap) == (
+        "frozen_a" if combine == "frozen_a" else "mean", "keep", False,
+    )  # fmt: skip
+
+
+def test_one_silo_has_nothing_to_keep(llama: Resident, written: Mapping[str, SiloData]) -> None:
+    """Its product is the mean: what is left is rounding, and not kept. Of three, no more than they made: 2 of 3 ranks a round."""
+    alone = ran(llama, {"cafe": written["cafe"]}, Lora(**SMALL, combine="exact"))
+    assert {t.numel() for t in alone.fixed.values()} == {0}
+    one = InProcess(written, {"base": llama}, rounds=1)
+    method = Lora(**SMALL, combine="exact")
+    state = method.round(method.begin(one.reach(0)), one.reach(1))
+    ranks = {t.shape[0] for n, t in state.fixed.items() if n.startswith("cat0/")}
+    assert 0 < max(ranks) <= 3 * method.rank
+
+
+def test_an_embedding_is_refused(llama: Resident) -> None:
+    with pytest.raises(UserError, match=r"'embed_tokens' is an embedding; choose linear layers"):
+        Lora(targets=("q_proj", "embed_tokens")).put_on(llama, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -27,7 +28,9 @@ def show(experiment: Experiment, out: Console, afar: Sequence[str] = ()) -> None
     """
     loaded, resident = prepare(experiment, afar)
     method = experiment.method
-    body = method.example(resident, len(_labels(loaded.silos))) if hasattr(method, "example") else None
+    turns = min(2, experiment.rounds)  # a method may train one part in odd rounds, another in even ones
+    labels = len(_labels(loaded.silos))
+    bodies = [method.example(resident, labels, n) for n in range(1, turns + 1)] if hasattr(method, "example") else []
     if afar:
         out.print(f"silos, each with rows of its own: {', '.join(afar)}", markup=False, highlight=False, soft_wrap=True)
     table = Table("silo", "train", "val", "test", "dropped", title="rows")
@@ -39,20 +42,21 @@ def show(experiment: Experiment, out: Console, afar: Sequence[str] = ()) -> None
         )
     if not afar:
         out.print(table)
-    if body is None:
+    if not bodies:
         out.print(f"{type(method).__name__} does not say what leaves a silo", highlight=False)
         return
-    leaving = wire.leaving(body)
+    leaving = list(dict.fromkeys(one for body in bodies for one in wire.leaving(body)))
     table = Table("tensor", "shape", "dtype", title="leaves each silo, each round")
     for tensor, shape, dtype in leaving:
         table.add_row(escape(tensor), " x ".join(map(str, shape)), dtype)
     out.print(table)
-    size = len(wire.pack(body))
-    count = sum(t.numel() for t in wire.tensors_of(body).values())
+    sizes = [len(wire.pack(body)) for body in bodies]
+    whole = sum(sizes[n % turns] for n in range(experiment.rounds))
+    size, count = whole // experiment.rounds, sum(math.prod(shape) for _, shape, _ in leaving)
     silos = drawn(len(loaded.silos), experiment.participation)
     out.print(
         f"{count:,} numbers, about {size:,} bytes up per silo and round; {silos} of {len(loaded.silos)} silos a round, "
-        f"{experiment.rounds} rounds: {size * silos * experiment.rounds:,} bytes up in all; and once, before the first, "
+        f"{experiment.rounds} rounds: {whole * silos:,} bytes up in all; and once, before the first, "
         "the untrained tensors from one silo",
         highlight=False,
     )

@@ -34,12 +34,12 @@ class Product:
         """Frobenius: that of the small middle, as the outer factors of a QR keep lengths."""
         return float(self._middle()[1].norm()) if self.left.numel() else 0.0
 
-    def thin(self, rank: int | None = None, below: float = 1e-8) -> Product:
-        """The nearest product of at most `rank` (Eckart & Young 1936), by QR and SVD; singular values under `below` of the
-        largest are dropped. Both sides carry the root of the singular values, largest first."""
+    def thin(self, rank: int | None = None, least: float = 0.0) -> Product:
+        """The nearest product of at most `rank` (Eckart & Young 1936), by QR and SVD; singular values under `least`, or under
+        1e-8 of the largest, are dropped. Both sides carry the root of the singular values, largest first."""
         left, middle, right = self._middle()
         u, s, v = torch.linalg.svd(middle, full_matrices=False)
-        kept = int((s > below * s[:1]).sum()) if s.numel() else 0
+        kept = int(((s > 1e-8 * s[:1]) & (s > least)).sum()) if s.numel() else 0
         kept = kept if rank is None else min(kept, rank)
         root = s[:kept].sqrt()
         return Product(left @ u[:, :kept] * root, root[:, None] * (v[:kept] @ right))

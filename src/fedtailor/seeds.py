@@ -110,6 +110,8 @@ class Seed:
         sums["evaluation_bytes_down"] += traffic[1]
         # what is served may hold more: what LoRA's exact aggregation keeps beside the means is not trained
         tensors = getattr(report.state, "tensors", None) or wire.tensors_of(report.served)
+        if hasattr(method, "split"):  # of LoRA's factors, one may never be trained
+            tensors = {n: t for number in (1, 2) for n, t in method.split(report.state, number)[0].items()}
         return {
             **scoring.summary(found), **sums, "peak_memory_mb": peak.megabytes(),
             "trained_parameters": sum(t.numel() for t in tensors.values()),

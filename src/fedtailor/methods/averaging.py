@@ -259,9 +259,10 @@ class Averaging(Method[State], abc.ABC):
             self.dropping,
         )
 
-    def example(self, resident: Resident, labels: int) -> Trained:
-        """A reply as it would leave a silo, of the same size but for a digit of the loss: what `fedtailor check` lists."""
-        tensors, _ = self.split(State(self.put_on(resident, labels).tensors()), 1)
+    def example(self, resident: Resident, labels: int, number: int = 1) -> Trained:
+        """A reply of round `number` as it would leave a silo, of the same size but for a digit of the loss: what `fedtailor
+        check` lists. Rounds differ at most by being odd or even."""
+        tensors, _ = self.split(State(self.put_on(resident, labels).tensors()), number)
         rows = self.local_steps * self.batch_size * self.accumulate
         zeros = {n: torch.zeros_like(t) for n, t in tensors.items()}
         return Trained(zeros, float(rows), 1.2345678901234567, zeros if self.scaffold else {})

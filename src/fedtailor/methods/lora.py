@@ -7,6 +7,8 @@
     svd        the mean of products, cut to `rank` (FlexLoRA, Bai et al. 2024): for silos of different rank
 
 Each round tells its gap: the Frobenius norm of (mean of the silos' products - what was applied) over that of the mean's change.
+With DoRA none is told: the weights are then no sum with a product, and no combination is exact. What `exact` keeps grows by up
+to silos x rank a round, at most to the layer's own rank, and goes down each round: few rounds, or `svd`, keep it small.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from fedtailor import lowrank
 from fedtailor.core import Ask
+from fedtailor.errors import UserError
 from fedtailor.exporting import save_adapter
 from fedtailor.methods.averaging import Averaging, Count, Positive, State, Trained, labels_of, mean_loss, train
 from fedtailor.methods.targets import chosen, fitting, usual
@@ -60,7 +63,11 @@ class Lora(Averaging):
 
     def put_on(self, resident: Resident, labels: int) -> Tuned:
         tuned = super().put_on(resident, labels)
-        fitting(self.rank, {n: tuple(t.shape) for n, t in tuned.tensors().items()})
+        tensors = tuned.tensors()
+        if looked := next((n for n in tensors if ".lora_embedding_" in n), None):
+            name = looked.partition(".lora_embedding_")[0].rpartition(".")[2]
+            raise UserError(f"[method] targets: {name!r} is an embedding; choose linear layers, or method peft, type = 'lora'")
+        fitting(self.rank, {n: tuple(t.shape) for n, t in tensors.items()})
         return tuned
 
     @property
@@ -89,7 +96,8 @@ class Lora(Averaging):
         return self.dropout > 0
 
     def pooled(self, silos: int) -> Averaging:
-        return replace(super().pooled(silos), combine="mean", gap=False)  # type: ignore[call-arg]
+        alone = replace(self, combine="frozen_a" if self.combine == "frozen_a" else "mean", gap=False)
+        return super(Lora, alone).pooled(silos)
 
     def split(self, state: State, number: int) -> tuple[Tensors, Tensors]:
         still = {"frozen_a": ".lora_A.", "alternate": ".lora_A." if number % 2 else ".lora_B."}.get(self.combine)
@@ -113,18 +121,20 @@ class Lora(Averaging):
             before = lowrank.product(state.tensors[b], state.tensors[a])
             ideal = lowrank.mean([lowrank.product(*learnt(state, reply, b, a)) for reply in replies], weights)
             if self.combine == "exact":
-                fixed |= self._kept(fixed, a, b, ideal - lowrank.product(tensors[b], tensors[a]))
+                fixed |= self._kept(fixed, a, b, ideal - lowrank.product(tensors[b], tensors[a]), ideal)
             elif self.combine == "svd":
                 tensors |= self._cut(a, b, ideal, state.tensors[a])
             applied = _whole(tensors, fixed, a, b) - _beside(state.fixed, a, b)
             missed += (ideal - applied).norm() ** 2
             changed += (ideal - before).norm() ** 2
-        told = {"gap": (missed / changed) ** 0.5 if changed else 0.0} if len(replies) > 1 else {}
+        told = {"gap": (missed / changed) ** 0.5 if changed else 0.0} if len(replies) > 1 and not self.dora else {}
         return replace(after, tensors=tensors, fixed=fixed, notes={**after.notes, **told})
 
-    def _kept(self, fixed: Tensors, a: str, b: str, missed: lowrank.Product) -> Tensors:
-        """What the means miss, on top of what they missed before, as wider factors: "cat0/A", "cat1/B"."""
-        whole = (missed + _beside(fixed, a, b)).thin()
+    def _kept(self, fixed: Tensors, a: str, b: str, missed: lowrank.Product, ideal: lowrank.Product) -> Tensors:
+        """What the means miss, on top of what they missed before, as wider factors: "cat0/A", "cat1/B". Less than fp32's rounding
+        of the whole change (6e-8 of it) is noise, and would be most of what is kept."""
+        before = _beside(fixed, a, b)
+        whole = (missed + before).thin(least=1e-7 * (ideal + before).norm())
         return {f"cat0/{a}": whole.right.float(), f"cat1/{b}": whole.left.float()}
 
     def _cut(self, a: str, b: str, ideal: lowrank.Product, start: Tensor) -> Tensors:
@@ -145,6 +155,10 @@ class Lora(Averaging):
 
     def __post_init__(self) -> None:
         exact = self.combine in ("exact", "svd")
+        if self.combine == "exact" and self.dropout:
+            raise ValueError("combine = 'exact' keeps a part of the weights beside A, and dropout would hit it; set dropout = 0")
+        if self.combine == "svd" and self.scaffold:
+            raise ValueError("combine = 'svd' turns the factors each round, so control variates fit no more; scaffold = false")
         if exact and self.dora:
             raise ValueError(f"dora scales what A and B make, so combine = {self.combine!r} would not be exact; use mean")
         servers = (self.server_optimizer, self.server_lr, self.server_schedule, self.aggregate)
