@@ -132,9 +132,9 @@ class Lora(Averaging):
 
     def _kept(self, fixed: Tensors, a: str, b: str, missed: lowrank.Product, ideal: lowrank.Product) -> Tensors:
         """What the means miss, on top of what they missed before, as wider factors: "cat0/A", "cat1/B". Less than fp32's rounding
-        of the whole change (6e-8 of it) is noise, and would be most of what is kept."""
+        of the whole change (2^-24, 6e-8 of it) is noise, and would be most of what is kept."""
         before = _beside(fixed, a, b)
-        whole = (missed + before).thin(least=1e-7 * (ideal + before).norm())
+        whole = (missed + before).thin(least=6e-8 * (ideal + before).norm())
         return {f"cat0/{a}": whole.right.float(), f"cat1/{b}": whole.left.float()}
 
     def _cut(self, a: str, b: str, ideal: lowrank.Product, start: Tensor) -> Tensors:
