@@ -27,7 +27,7 @@ from fedtailor.methods.averaging import Adapted
 from fedtailor.methods.head import Head
 from fedtailor.models import Base, Resident
 from fedtailor.tuned import stack
-from test_added import begun, moved
+from test_added import begun, loaded, moved
 
 PEFTS = ("lora", "ia3", "vera", "layernorm", "peft")
 
@@ -185,6 +185,10 @@ lr = 2e-2
     for word, picture in (("nought", digits.images[0]), ("one", digits.images[1])):
         files.append(f"{tmp_path}/{word}.png")
         pillow.fromarray((picture * 15).astype(np.uint8)).save(files[-1])
+    for folder, base in ((tmp_path / "run" / "adapter", tmp_path / "base"), (tmp_path / "merged", None)):
+        scores = loaded(folder).classifier(folder, base)
+        assert scores.labels == ["nought", "one"]
+        assert torch.allclose(scores(files), ours[:2], atol=1e-4)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*files, "no.png"])))
     out = io.StringIO()
     talk(tmp_path / "run", Console(file=out, width=1000), temperature=0, top_p=1, max_new_tokens=1, seed=0)

@@ -170,11 +170,12 @@ def export_command(
     folder: Annotated[Path, typer.Argument(help="a finished run's folder")],
     to: Annotated[Path, typer.Argument(help="a new folder")],
     merge: Annotated[bool, typer.Option("--merge", help="into the base's weights: a plain transformers folder")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="which, of a run of several; default the first")] = None,
 ) -> None:
     """Put what a run learnt into a folder of its own: an adapter, or with --merge a whole model."""
     from fedtailor import whole
 
-    whole.export(folder, to, merge=merge)
+    whole.export(folder, to, merge=merge, seed=seed)
     out.print(str(to), markup=False, highlight=False, soft_wrap=True)
 
 

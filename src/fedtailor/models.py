@@ -211,7 +211,7 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
         if quantized := getattr(config, "quantization_config", None) is not None:  # such weights cannot be moved later
             how["device_map"] = device
         read = partial(auto.from_pretrained, source, revision=revision, **how)
-        module = _without_pooler(read) if hasattr(config, "num_channels") else read()
+        module = without_pooler(read) if hasattr(config, "num_channels") else read()
         module = module if quantized else module.to(device)
         if module.main_input_name == "pixel_values":
             if not hasattr(config, "hidden_size"):
@@ -232,7 +232,7 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
     return resident(module, tokenizer, source=source, kind=kind)
 
 
-def _without_pooler(read: Callable[..., Any]) -> Any:
+def without_pooler(read: Callable[..., Any]) -> Any:
     """Vision models often come without the pooler's weights, and we read none: it would be made at random."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

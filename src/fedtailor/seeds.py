@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtailor import baselines, models, peak, progress, wire
+from fedtailor import baselines, loaders, models, peak, progress, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import SiloData
@@ -220,6 +220,8 @@ class Seed:
         if hasattr(method, "export"):
             with wire.disk_told(beside):
                 method.export(self.resident, served.tensors, beside)
+                labels = next((silo.labels for silo in self.data.values() if silo.labels), ())
+                loaders.classifier(self.resident, labels, beside)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
 

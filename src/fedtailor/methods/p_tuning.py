@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from fedtailor.methods.averaging import Averaging, Count, Positive
-from fedtailor.methods.virtual import prompted, room
+from fedtailor.methods.virtual import room
 from fedtailor.models import Resident
 from fedtailor.tuned import HEAD, Tensors, Tuned
 
@@ -28,7 +28,7 @@ class PTuning(Averaging):
         from peft import PromptEncoderConfig
 
         return PromptEncoderConfig(
-            **prompted(resident),
+            task_type=resident.task or "FEATURE_EXTRACTION",  # PEFT's class for encoder-decoders asks for a renamed method
             num_virtual_tokens=room(self.virtual_tokens, resident),
             encoder_hidden_size=self.size,
         )

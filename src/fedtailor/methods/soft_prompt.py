@@ -9,7 +9,7 @@ import torch
 
 from fedtailor import ahead
 from fedtailor.methods.averaging import Averaging, Count, Positive
-from fedtailor.methods.virtual import begins, instruction, prompted, room
+from fedtailor.methods.virtual import begins, instruction, room
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors, Tuned
 
@@ -33,7 +33,7 @@ class SoftPrompt(Averaging):
         from peft import PromptTuningConfig
 
         return PromptTuningConfig(
-            **prompted(resident),
+            task_type=resident.task or "FEATURE_EXTRACTION",  # PEFT's class for encoder-decoders asks for a renamed method
             num_virtual_tokens=room(self.virtual_tokens, resident),
         )
 

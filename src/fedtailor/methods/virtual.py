@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedtailor.errors import UserError
 from fedtailor.models import Resident
 
@@ -13,17 +11,6 @@ def room(count: int, resident: Resident) -> int:
     if count >= resident.context:
         raise UserError(f"[method] virtual_tokens = {count} leaves no room in a context of {resident.context} tokens")
     return count
-
-
-def prompted(resident: Resident) -> dict[str, Any]:
-    """Settings of PEFT for embeddings in front of a text: of an encoder-decoder's, the encoder's alone."""
-    if resident.kind != "seq2seq":
-        return {"task_type": resident.task}
-    module = resident.module
-    # PEFT 0.21 asks for this method by the name that it had before transformers 5
-    if not hasattr(module, "_prepare_encoder_decoder_kwargs_for_generation"):
-        module._prepare_encoder_decoder_kwargs_for_generation = module._prepare_text_encoder_decoder_kwargs_for_generation
-    return {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 1}
 
 
 def begins(text: str, count: int, resident: Resident) -> list[int]:
