@@ -328,6 +328,8 @@ def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
         given = values.get(item.name)
         if any(isinstance(v, bool) for v in (given if isinstance(given, list) else [given])) and "bool" not in str(item.type):
             errors.append(f"{where} {item.name}: must not be true or false, not {given!r}")
+        if item.type in ("bool", bool) and item.name in values and not isinstance(given, bool):
+            errors.append(f"{where} {item.name}: must be true or false, not {given!r}")
     try:
         made = TypeAdapter(kind).validate_python({k: v for k, v in values.items() if k in known})
     except ValidationError as error:

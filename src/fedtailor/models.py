@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedtailor import added, images
+from fedtailor.before import Before
 from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.packaged import PACKAGED, folder
 from fedtailor.seq2seq import EncoderDecoder
@@ -51,6 +52,7 @@ class Resident:
     plan: added.Plan = field(default_factory=dict)  # its modules before anything is put on
     look: images.Look | None = None  # of a vision model
     _tuned: dict[str, Tuned] = field(default_factory=dict)
+    _before: Before | None = None  # what PEFT went on
 
     @property
     def device(self) -> torch.device:
@@ -102,39 +104,19 @@ class Resident:
             for old in self._tuned.values():  # what is put into the base is taken out before another goes on
                 if old.added is not None:
                     old.added.take_off()
-                elif old.peft and not old.shift:
-                    self._taken_off(old.inner)
+                elif self._before is not None:
+                    self._before.put_back()
+            self._before = None
             self._tuned.clear()
             self._tuned[key] = self._put_on(config, classes)
         return self._tuned[key]
-
-    def _taken_off(self, inner: Any) -> None:
-        """PEFT's layers, nothing merged."""
-        if not self.quantized:
-            inner.unload()
-            return
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for name, layer in list(self.module.named_modules()):  # PEFT's own unload refuses IA3 here, as if it had to merge
-            if isinstance(layer, BaseTunerLayer):
-                parent, _, last = name.rpartition(".")
-                setattr(self.module.get_submodule(parent), last, layer.get_base_layer())
-        del self.module.peft_config
 
     def _put_on(self, config: Any, classes: int) -> Tuned:
         inner, more = self.module, None
         if hasattr(config, "attach"):
             more = config.attach(self.module)
         elif config is not None:
-            import peft
-
-            with torch.random.fork_rng():
-                torch.manual_seed(0)  # initial values are drawn by the method, from the experiment's seed
-                try:
-                    inner = peft.get_peft_model(self.module, config)
-                except (ValueError, TypeError, AttributeError, KeyError) as error:
-                    kind = type(self.module).__name__
-                    raise UserError(f"[method] {config.peft_type.value} does not fit {kind}: {error}") from error
+            inner = self._with_peft(config)
         head = None
         if self.classifier:
             head = nn.Linear(self.module.config.hidden_size, max(classes, 1), device=self.device)
@@ -147,6 +129,28 @@ class Resident:
         if more is not None and more.loader:
             self._tried(made, more)
         return made
+
+    def _with_peft(self, config: Any) -> Any:
+        import peft
+
+        before, what = Before(self.module), config.peft_type.value
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # initial values are drawn by the method, from the experiment's seed
+            try:
+                with before.watched():
+                    inner = peft.get_peft_model(self.module, config)
+            except Exception as error:  # PEFT raises many kinds, and may have put on half of it
+                before.put_back()
+                kind = type(self.module).__name__
+                raise UserError(f"[method] {what} does not fit {kind}: {one_line(error)}") from error
+        if name := before.changed():
+            before.put_back()
+            raise UserError(
+                f"[method] {what}: these settings change the base's own weights before training, first {name}, and all silos "
+                "and rows share them; choose an initialisation that leaves them (of LoRA: init_lora_weights = true)"
+            )
+        self._before = before
+        return inner
 
     def _tried(self, made: Tuned, more: added.Added) -> None:
         """What is put in front must be read by every layer that it is meant for. Raises UserError."""
@@ -284,6 +288,11 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
 def versions() -> dict[str, str]:
     """Of the libraries that decide what is computed."""
     return {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in ("transformers", "peft")}}
+
+
+def one_line(error: BaseException) -> str:
+    """What another library said, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:

@@ -117,6 +117,8 @@ class Run:
     def _environment(self, resident: models.Resident, data_sha256: str) -> dict[str, Any]:
         cohort = self.experiment.engine.cohort
         alone = getattr(self.experiment.method, "one_by_one", "")
+        if hasattr(self.experiment.method, "alone_on"):
+            alone = self.experiment.method.alone_on(resident)
         if resident.quantized:
             alone = "torch.func.vmap has no rule for quantized weights"
         return {

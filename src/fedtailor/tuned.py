@@ -71,6 +71,7 @@ class Tuned(nn.Module):
         self.inner = inner
         self.head = head
         self.added = added
+        self.alone, self.tried = "", False  # why silos cannot train on it in one pass, once that was tried
         self.peft = hasattr(inner, "peft_config")
         kind = inner.active_peft_config.peft_type.value if self.peft else ""  # type: ignore[union-attr]
         self.prefixed = kind == "PREFIX_TUNING"

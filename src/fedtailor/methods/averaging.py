@@ -296,7 +296,11 @@ def mean_loss(replies: Sequence[Trained]) -> float:
 def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failure]:
     """The cohort step: all silos in one pass. Silos with settings of their own take the plain step, and a quantized base does."""
     resident = silos[0].models["base"]
-    if len(silos) > 1 and (resident.quantized or any(silo.data.settings for silo in silos)):
+    if len(silos) > 1 and (
+        resident.quantized
+        or any(silo.data.settings for silo in silos)
+        or body.method.put_on(resident, len(silos[0].data.labels)).alone
+    ):
         return [done for silo in silos for done in train_many([silo], body)]
     method = body.method.mine(silos[0].data.settings)
     tuned = method.put_on(resident, len(silos[0].data.labels))

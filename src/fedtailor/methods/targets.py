@@ -49,8 +49,13 @@ def usual(resident: Resident, *parts: str) -> list[str] | None:
 
 def chosen(targets: Sequence[str], resident: Resident) -> list[str] | None:
     """As PEFT takes them; None: its own choice for the architecture. Raises UserError for a name that no layer ends in."""
+    if list(targets) == ["all-linear"]:  # as PEFT calls them
+        return list(added.linear(resident.plan))
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in resident.plan):
+        held = sorted({n.rpartition(".")[2] for n in added.linear(resident.plan) if f".{target}." in f".{n}"}) if target else []
+        if held and not any(n.endswith(f".{target}") for n in added.linear(resident.plan)):
+            raise UserError(f"[method] targets = {target!r}: it is no layer that an adapter goes on; name some in it: {held}")
+        if not target or not any(name == target or name.endswith(f".{target}") for name in resident.plan):
             known = {name.rpartition(".")[2] for name in added.linear(resident.plan)}
             kind = type(resident.module).__name__
             raise UserError(f"[method] targets = {target!r}: no layer of {kind} is called so{suggest(target, known)}")
@@ -60,6 +65,8 @@ def chosen(targets: Sequence[str], resident: Resident) -> list[str] | None:
 def fitting(rank: int, tensors: dict[str, tuple[int, ...]]) -> None:
     """Raises UserError where `rank` is more than a layer has: `tensors` are the shapes of what was made for it."""
     for name, shape in tensors.items():
+        if len(shape) != 2:
+            continue  # a convolution's, whose other numbers are its kernel's
         wide = shape[1] if ".lora_A." in name else shape[0] if ".lora_B." in name else rank
         if wide < rank:
             layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
