@@ -30,8 +30,11 @@ from fedtailor.methods.averaging import (
     train_many,
 )
 from fedtailor.methods.full import Full
+from fedtailor.methods.ia3 import IA3
+from fedtailor.methods.layernorm import LayerNorm
 from fedtailor.methods.lora import Lora
 from fedtailor.methods.prefix import Prefix
+from fedtailor.methods.scaffold import Shift
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors
 
@@ -86,7 +89,8 @@ def test_a_cohort_keeps_each_silos_moments(llama: Resident, written: Silos, stat
         for _ in range(rounds):
             train(silo, body)
     if state == "keep":
-        assert [m["moments"]["step"].item() for m in (memory["shop"], memory["zoo"])] == [3, 6]
+        steps = [{t.item() for n, t in memory[s]["moments"].items() if n.startswith("step/")} for s in ("shop", "zoo")]
+        assert steps == [{3}, {6}]
     else:
         assert memory == {n: {} for n in written}
     together, apart = silos_of(llama, written, memory), silos_of(llama, written, memory)
@@ -266,9 +270,71 @@ def test_the_servers_rate_follows_its_schedule(llama: Resident, written: Silos) 
     for number, lr in ((1, 1.5), (2, 0.5)):
         body, before = method.asked(state, at.reach(number)), state
         delta = {n: torch.ones_like(t) for n, t in body.tensors.items()}
-        state = method.stepped(state, at.reach(number), body, delta, {}, {}, 3)
+        state = method.stepped(state, at.reach(number), body, delta, {}, Shift({}, ()))
         for n, t in state.tensors.items():
             assert torch.allclose(t, before.tensors[n] + lr), n
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("none", 1.0), ("momentum", 1.0), ("adam", 0.01), ("yogi", 0.01)]
+)
+def test_the_servers_rate_suits_its_optimizer(llama: Resident, written: Silos, kind: Any, rate: float) -> None:
+    """By hand, all changes 1e-3: adam and yogi move lr * .1 d / (sqrt(.01) d) = lr in the first round, others by d."""
+    method = Lora(local_steps=1, batch_size=2, server_optimizer=kind)
+    assert method.server_rate == rate
+    assert replace(method, server_lr=0.5).server_rate == 0.5
+    at = engine(llama, written)
+    state = method.begin(at.reach(0))
+    body = method.asked(state, at.reach(1))
+    delta = {n: torch.full_like(t, 1e-3) for n, t in body.tensors.items()}
+    after = method.stepped(state, at.reach(1), body, delta, {}, Shift({}, ()))
+    for n, t in after.tensors.items():
+        moved = 1e-3 if rate == 1 else 0.01 * 1e-4 / ((1e-12 * (0.99 if kind == "adam" else 1) + 1e-8) ** 0.5 + 1e-6)
+        assert torch.allclose(t - body.tensors[n], torch.full_like(t, moved), atol=2e-7)
+
+
+def test_kept_moments_count_each_factors_steps(llama: Resident, written: Silos) -> None:
+    """AdamW's first step is lr in every number: A's first, in the second round, too."""
+    method = Lora(rank=2, combine="alternate", optimizer_state="keep", local_steps=1, batch_size=2, clip=0, schedule="constant")
+    at = engine(llama, written)
+    state = method.begin(at.reach(0))
+    at.commit()
+    for number in (1, 2):
+        silo = silos_of(llama, written, {n: at.desks[n].memory for n in written})[0]
+        delta = train(silo, method.asked(state, at.reach(number))).delta
+        largest = max(d.abs().max().item() for d in delta.values())
+        assert largest == pytest.approx(method.lr, rel=1e-3)
+        state = method.round(state, at.reach(number))
+        at.commit()
+    steps = {n: t.item() for n, t in at.desks["zoo"].memory["moments"].items() if n.startswith("step/")}
+    assert set(steps.values()) == {1}
+    assert {n.removeprefix("step/") for n in steps} == set(state.tensors)
+
+
+@pytest.mark.parametrize("method", [IA3(), LayerNorm(), Lora(rank=2, dora=True)], ids=["ia3", "layernorm", "dora"])
+def test_decay_pulls_towards_the_base(llama: Resident, rated: Silos, method: Averaging) -> None:
+    """One SGD step with decay .5 at lr .1 beside one without: t - .05 * (t - base's); of A and B t - .05 * t."""
+    method = replace(method, lr=0.1, optimizer="sgd", local_steps=1, batch_size=2, schedule="constant")
+    body = asked(llama, rated, method)
+    base = body.tensors
+    moved = replace(body, tensors={n: t + 0.1 for n, t in base.items()})
+    plain, decayed = (
+        train(silos_of(llama, rated)[0], replace(moved, method=replace(method, weight_decay=decay))) for decay in (0.0, 0.5)
+    )
+    for n, t in moved.tensors.items():
+        factor = ".lora_A." in n or ".lora_B." in n
+        pull = -0.05 * t if factor else torch.full_like(t, -0.05 * 0.1)
+        assert torch.allclose(decayed.delta[n] - plain.delta[n], pull, atol=1e-6), n
+
+
+def test_dropout_is_set_and_used(llama: Resident, written: Silos) -> None:
+    method = Lora(rank=2, dropout=0.5, local_steps=2, batch_size=2)
+    assert method.config(llama).lora_dropout == 0.5
+    body = asked(llama, written, method)
+    with_it, without = (
+        train(silos_of(llama, written)[0], replace(body, method=replace(method, dropout=d))) for d in (0.5, 0.0)
+    )
+    assert any((d - without.delta[n]).abs().max() > 1e-4 for n, d in with_it.delta.items())
 
 
 def test_pooled_does_the_work_of_all_silos() -> None:
@@ -276,7 +342,7 @@ def test_pooled_does_the_work_of_all_silos() -> None:
     pooled = method.pooled(4)
     assert isinstance(pooled, Lora)
     assert (pooled.local_steps, pooled.optimizer_state) == (12, "keep")
-    assert (pooled.server_optimizer, pooled.server_lr, pooled.aggregate) == ("none", 1.0, "mean")
+    assert (pooled.server_optimizer, pooled.server_rate, pooled.aggregate) == ("none", 1.0, "mean")
     assert (pooled.lr, pooled.rank) == (0.5, 4)
     assert sum(map(len, (pooled.lrs(n, 3) for n in (1, 2, 3)))) == 4 * 9
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fedtailor import training
 from fedtailor.core import Silo
 from fedtailor.data import Row, SiloData
+from fedtailor.engines.in_process import InProcess
 from fedtailor.methods.averaging import Adapted, Begin, Train, start, train
 from fedtailor.methods.full import Full
+from fedtailor.methods.lora import Lora
 from fedtailor.models import Base, Resident, load
 from fedtailor.tiny import tiny
 from fedtailor.tuned import Tensors
@@ -98,3 +102,23 @@ def test_a_bf16_base_has_fp32_master_weights(
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     weights = dict(read.named_parameters())
     assert all(torch.equal(t, weights[n]) for n, t in tensors.items()), "in fp32, though the base is bf16"
+
+
+def test_weights_of_one_silo_at_a_time(
+    llama: Resident, written: Mapping[str, SiloData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever cohort is asked for. The widest pass is told by the silos that training is really given."""
+    passes: list[int] = []
+    real = training.train
+
+    def counted(*given: Any, **more: Any) -> training.Outcome:
+        passes.append(len(given[3]))
+        return real(*given, **more)
+
+    monkeypatch.setattr(training, "train", counted)
+    data = {f"{n}{i}": rows for i in range(2) for n, rows in written.items()}
+    for method, expected in ((Full(local_steps=1, batch_size=2), [1] * 6), (Lora(local_steps=1, batch_size=2), [6])):
+        passes.clear()
+        engine = InProcess(data, {"base": llama}, cohort=8)
+        method.round(method.begin(engine.reach(0)), engine.reach(1))
+        assert passes == expected

@@ -58,6 +58,8 @@ def test_an_encoder_cuts_instead(bert: Resident) -> None:
     [
         (["evaluate.best_by=rouge_l"], "best_by = 'rouge_l': not measured on this task .choices: loss, accuracy, macro_f1"),
         (["faults.nan=['nowhere']"], "no silo 'nowhere'"),
+        (["method.warmup_rounds=9"], r"\[method\] warmup_rounds = 9: the run has \d rounds, so the rate would never reach lr"),
+        (["baseline.centralized.warmup_rounds=9"], r"\[baseline.centralized\] warmup_rounds = 9: the run has"),
         (["method.virtual_tokens=600"], "virtual_tokens = 600 leaves no room"),
         (["evaluate.examples=30"], "few_shot row puts 30 examples in front: lower evaluate.examples"),
     ],

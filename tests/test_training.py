@@ -113,7 +113,7 @@ def test_a_cohort_whose_silos_have_taken_different_numbers_of_steps(llama: Resid
         kept.append(moments_of(before, 0) if steps else {})
     together, apart = both(llama, method, written, how, kept)
     assert difference(together, apart) < 1e-5
-    assert together.moments["step"].tolist() == [5, 8, 12]
+    assert all(t.tolist() == [5, 8, 12] for n, t in together.moments.items() if n.startswith("step/"))
     fresh, _ = both(llama, method, written, how)
     assert difference(fresh, apart[:1]) < 1e-5
     assert (fresh.tensors[next(iter(start))][2] - together.tensors[next(iter(start))][2]).abs().max() > 1e-5
@@ -355,7 +355,7 @@ def test_kept_moments_continue_where_they_stopped(llama: Resident) -> None:
     kept = train(llama, tuned, middle, [(data, 2)], replace(how, lrs=(2e-3,) * 3), [moments_of(first, 0)])
     whole, _ = by_torch(llama, method, data, replace(how, lrs=(2e-3,) * 5))
     assert all(torch.allclose(kept.tensors[n][0], t, atol=2e-6) for n, t in whole.items())
-    assert kept.moments["step"].tolist() == [5]
+    assert {t.item() for n, t in kept.moments.items() if n.startswith("step/")} == {5}
     reset = train(llama, tuned, middle, [(data, 2)], replace(how, lrs=(2e-3,) * 3), [{}])
     assert any((reset.tensors[n][0] - t).abs().max() > 1e-4 for n, t in whole.items())
 

@@ -292,6 +292,7 @@ def _method(table: Any, place: str, errors: list[str]) -> Any:
 def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[str]) -> None:
     """[silo.NAME] tables: data settings, or those method settings that one silo may have for itself."""
     from fedtailor.methods.averaging import per_silo
+    from fedtailor.methods.scaffold import UNEQUAL
 
     own = per_silo(type(method)) if method is not None else frozenset()
     for name, settings in table.items() if isinstance(table, Mapping) else ():
@@ -308,11 +309,13 @@ def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[
         if method is not None and mine:
             checked = _part(type(method), {**asdict(method), **mine}, where, errors)
             settings.update({k: getattr(checked, k) for k in mine if checked is not None})  # 2, where "2" was written
-            for key in {"rank", "virtual_tokens"} & set(mine):
+            for key in sorted({"rank", "virtual_tokens"} & set(mine)):
                 if isinstance(mine[key], int) and mine[key] > getattr(method, key):
                     errors.append(
                         f"{where} {key} = {mine[key]} is above [method] {key} = {getattr(method, key)}: raise that one"
                     )
+                elif getattr(method, "scaffold", False) and isinstance(mine[key], int) and mine[key] < getattr(method, key):
+                    errors.append(f"{where} {key} = {mine[key]} {UNEQUAL}")
 
 
 def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:

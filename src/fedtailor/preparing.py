@@ -53,6 +53,7 @@ def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loade
         _measurable(experiment, bool(experiment.data.label))
     except UserError as error:
         errors.append(str(error))
+    errors += _never_warm(experiment)
     if errors or loaded is None:
         raise UserError("\n".join(errors))
     return loaded
@@ -95,6 +96,16 @@ def _measurable(experiment: Experiment, classes: bool) -> None:
         raise UserError(
             f"[evaluate] best_by = {experiment.evaluate.best_by!r}: not measured on this task (choices: {', '.join(known)})"
         )
+
+
+def _never_warm(experiment: Experiment) -> list[str]:
+    """Rows whose learning rate would still be rising when the last round ends, and never reach method.lr."""
+    rows = {"[method]": experiment.method} | {f"[baseline.{r}]": experiment.method_of(r) for r in experiment.baseline}
+    warm = {place: getattr(method, "warmup_rounds", 0.0) for place, method in rows.items()}
+    most = experiment.rounds
+    why = f"the run has {most} rounds, so the rate would never reach lr; choose {most} at most, or more rounds"
+    found = [f"{place} warmup_rounds = {n:g}: {why}" for place, n in warm.items() if n > most]
+    return found[:1] if found and found[0].startswith("[method]") else found  # baselines inherit it
 
 
 def _answerable(experiment: Experiment, resident: models.Resident, classes: bool) -> None:

@@ -44,7 +44,7 @@ class Outcome:
     """What local training leaves behind, each with a silo axis."""
 
     tensors: Tensors
-    moments: Tensors  # the optimizer's own state: "step", "m/<name>", "v/<name>"
+    moments: Tensors  # the optimizer's own state: "step/<name>", "m/<name>", "v/<name>"
     loss: list[float]  # mean nats per label place over the steps, as trained (before each update)
     places: list[int]
     failed: list[str | None]  # why this silo's result must not be used
@@ -80,11 +80,12 @@ def train(
     moments: Sequence[Mapping[str, Tensor]],
     fixed: Mapping[str, Tensor] | None = None,
     drift: Sequence[Mapping[str, Tensor]] = (),
+    neutral: Mapping[str, Tensor] | None = None,
 ) -> Outcome:
     """`len(how.lrs)` steps for each of the silos (rows, seed) from the same start. `moments`: one per silo, may be empty.
 
     `fixed`: tensors that are used and not trained (`tuned.joined`). `drift`: one per silo, added to each of its gradients
-    (SCAFFOLD); then the mean gradient is in the outcome.
+    (SCAFFOLD); then the mean gradient is in the outcome. `neutral`: what weight decay pulls to; 0 where nothing is said.
 
     One silo takes the plain step; several take the cohort step. A silo whose loss stops being finite is named in
     `failed`; the others are not touched by it.
@@ -99,6 +100,7 @@ def train(
     drawn = [draw(resident, data, how, seed, tuned.shift) for data, seed in silos]
     gradient = _plain if count == 1 else _cohort
     still = {n: t.to(device) for n, t in (fixed or {}).items()}
+    calm = {n: t.to(device) for n, t in (neutral or {}).items()}
     drifts = {n: torch.stack([one[n].to(device) for one in drift]) for n in start} if drift else {}
     mean_gradient: Tensors = {}
     total, places = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.long)
@@ -135,7 +137,7 @@ def train(
                         g.add_(tensors[n] - anchor[n], alpha=how.prox)
                 if how.clip:
                     _clip(grads, how.clip)
-                _update(tensors, grads, state, lr, how)
+                _update(tensors, grads, state, lr, how, calm)
             advance()
     for s in range(count):  # the last step's update has no later loss to show what it did
         if failed[s] is None and not all(bool(t[s].isfinite().all()) for t in tensors.values()):
@@ -197,26 +199,24 @@ def _moments(tensors: Tensors, moments: Sequence[Mapping[str, Tensor]], how: Loc
     if how.optimizer == "sgd":
         return {}
     device = next(iter(tensors.values())).device
-    names = [f"{kind}/{n}" for kind in "mv" for n in tensors]
     blank = {f"{kind}/{n}": torch.zeros_like(t[0]) for kind in "mv" for n, t in tensors.items()}
-    steps = [torch.as_tensor(m.get("step", 0.0), dtype=torch.float32) for m in moments]
-    return {"step": torch.stack(steps).to(device)} | {
-        k: torch.stack([m[k].to(device) if k in m else blank[k] for m in moments]) for k in names
-    }
+    # counted per tensor: a round may train some of them only
+    blank |= {f"step/{n}": torch.zeros((), device=device) for n in tensors}
+    return {k: torch.stack([m[k].to(device) if k in m else blank[k] for m in moments]) for k in blank}
 
 
-def _update(tensors: Tensors, grads: Tensors, state: Tensors, lr: float, how: Local) -> None:
+def _update(tensors: Tensors, grads: Tensors, state: Tensors, lr: float, how: Local, neutral: Tensors) -> None:
     """One step of AdamW (Loshchilov & Hutter 2019, as torch.optim.AdamW) or SGD, in place."""
-    if how.optimizer == "adamw":
-        state["step"].add_(1)
     for n, p in tensors.items():
         g = grads[n]
         if how.weight_decay:
             p.mul_(1 - lr * how.weight_decay)
+            if n in neutral:
+                p.add_(neutral[n], alpha=lr * how.weight_decay)
         if how.optimizer == "sgd":
             p.sub_(g, alpha=lr)
             continue
-        m, v, t = state[f"m/{n}"], state[f"v/{n}"], state["step"]
+        m, v, t = state[f"m/{n}"], state[f"v/{n}"], state[f"step/{n}"].add_(1)
         m.lerp_(g, 1 - BETA1)
         v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
         denominator = (v / _along(1 - BETA2**t, v)).sqrt_().add_(EPSILON)

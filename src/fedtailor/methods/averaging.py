@@ -22,7 +22,8 @@ from fedtailor.answering import Answers
 from fedtailor.core import Ask, Method, Silo, in_silo
 from fedtailor.errors import RunError, SiloError
 from fedtailor.exporting import save_adapter
-from fedtailor.methods import fedopt, targets
+from fedtailor.methods import fedopt, scaffold, targets
+from fedtailor.methods.scaffold import Shift
 from fedtailor.models import Resident
 from fedtailor.tuned import Tensors, Tuned, joined
 
@@ -30,6 +31,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+OF_THE_BASE = (".ia3_l.", ".ln_tuning_layers.", ".lora_magnitude_vector.")  # in names of what is not 0 in an untouched base
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Train:
     lrs: tuple[float, ...]
     fixed: Tensors = field(default_factory=dict)  # used, and not trained this round: see `tuned.joined`
     control: Tensors = field(default_factory=dict)  # SCAFFOLD's, of the server
+    round: int = 0
+    heard: Mapping[str, int] = field(default_factory=dict)  # SCAFFOLD: the last round of each silo that counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Trained:
     delta: Tensors  # fp32, same names and shapes as asked
     weight: float  # rows seen this round, or rows held: `Averaging.weigh`
     loss: float  # mean nats per label place while training; lower is better
-    control: Tensors = field(default_factory=dict)  # SCAFFOLD: the change of the silo's mean gradient
+    control: Tensors = field(default_factory=dict)  # SCAFFOLD: `scaffold.told`
 
     def problem(self, asked: Train) -> str | None:
         """Why this reply must not be averaged in, or None."""
@@ -97,6 +101,7 @@ class State:
     moments: Tensors = field(default_factory=dict)
     fixed: Tensors = field(default_factory=dict)  # of what is served, beside the tensors: see `tuned.joined`
     control: Tensors = field(default_factory=dict)
+    heard: Mapping[str, int] = field(default_factory=dict)  # see `Train`
     silos: int = 0  # of the federation, this round's or not
     notes: Mapping[str, float] = field(default_factory=dict)  # goes into the log of rounds
 
@@ -137,11 +142,11 @@ class Averaging(Method[State], abc.ABC):
     weigh: Literal["seen", "held"] = "seen"  # a reply's weight: rows seen this round, or (on the silo's word) rows held
     max_delta_norm: Positive | None = None  # a reply with a larger one is rejected
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # see `fedopt`
-    server_lr: Positive = 1.0
+    server_lr: Positive | None = None  # None: what suits the kind, see `fedopt.LR`
     server_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of server_lr, over all rounds
     server_momentum: Decay = 0.9
     server_beta2: Decay = 0.99
-    server_epsilon: Positive = 1e-3
+    server_epsilon: Positive = fedopt.EPSILON
 
     @abc.abstractmethod
     def config(self, resident: Resident) -> Any:
@@ -160,6 +165,10 @@ class Averaging(Method[State], abc.ABC):
     def one_by_one(self) -> str:
         """Why silos cannot train many in one pass; empty where they can."""
         return "each silo draws dropout masks of its own" if self.dropping else ""
+
+    @property
+    def server_rate(self) -> float:
+        return fedopt.LR[self.server_optimizer] if self.server_lr is None else self.server_lr
 
     def mine(self, settings: Mapping[str, Any]) -> Averaging:
         """This method with a silo's own settings."""
@@ -184,43 +193,44 @@ class Averaging(Method[State], abc.ABC):
         body = self.asked(state, ask)
         if self.aggregate == "mean":
             total = ask.total(train, body)
-            weight, summed, silos = total.weight, total.sum, len(total.silos)
+            weight, summed = total.weight, total.sum
             delta, loss = {n: d / weight for n, d in summed.delta.items()}, summed.loss / weight
-            shift = {n: c / weight for n, c in summed.control.items()}
+            shift = Shift(summed.control, total.silos)
         else:
-            replies = [reply.body for reply in ask(train, body)]
-            combine, silos = aggregate.find(self.aggregate), len(replies)
+            heard = list(ask(train, body))
+            replies, shift = [reply.body for reply in heard], scaffold.shift(heard)
+            combine = aggregate.find(self.aggregate)
             delta = combine([(r.delta, r.weight) for r in replies])
-            shift = combine([(r.control, r.weight) for r in replies])
             if not all(bool(d.isfinite().all()) for d in delta.values()):
                 raise RunError(f"round {ask.round}: method.aggregate = {self.aggregate!r} gave numbers that are not finite")
             loss = mean_loss(replies)
-        return self.stepped(state, ask, body, delta, {"train_loss": loss}, shift, silos)
+        return self.stepped(state, ask, body, delta, {"train_loss": loss}, shift)
 
     def asked(self, state: State, ask: Ask) -> Train:
         """What goes down in this round."""
         tensors, fixed = self.split(state, ask.round)
         blank = {n: torch.zeros_like(t) for n, t in tensors.items()} if self.scaffold else {}
         control = {n: state.control.get(n, t) for n, t in blank.items()}
-        return Train(self, tensors, self.lrs(ask.round, ask.rounds), fixed, control)
+        return Train(self, tensors, self.lrs(ask.round, ask.rounds), fixed, control, ask.round, state.heard)
 
     def split(self, state: State, number: int) -> tuple[Tensors, Tensors]:
         """The tensors that round `number` trains, and those that are used as they are."""
         return state.tensors, state.fixed
 
     def stepped(
-        self, state: State, ask: Ask, body: Train, delta: Tensors, notes: Mapping[str, float], shift: Tensors, silos: int
+        self, state: State, ask: Ask, body: Train, delta: Tensors, notes: Mapping[str, float], shift: Shift
     ) -> State:
-        """The state after the mean change `delta`. `shift`: of the control variates, by `silos` of all silos."""
+        """The state after the mean change `delta` and the `shift` of the control variates."""
         # taken in the middle of the round: the end of the last one is the end of the schedule, its 0
-        lr = self.server_lr * training.schedule(self.server_schedule, (ask.round - 0.5) / max(ask.rounds, 1), 0.0)
+        lr = self.server_rate * training.schedule(self.server_schedule, (ask.round - 0.5) / max(ask.rounds, 1), 0.0)
         server = fedopt.Server(self.server_optimizer, lr, self.server_momentum, self.server_beta2, self.server_epsilon)
         tensors, moments = server.step(body.tensors, state.moments, delta)
-        part = silos / max(state.silos, silos)
-        control = {n: body.control[n] + part * c for n, c in shift.items()}
+        heard = {**state.heard, **dict.fromkeys(shift.silos, ask.round)} if self.scaffold else {}
+        count = max(state.silos, len(heard))
+        control = {n: body.control[n] + c / count for n, c in shift.sum.items()}
         return replace(
             state, tensors={**state.tensors, **tensors}, moments={**state.moments, **moments},
-            control={**state.control, **control}, notes={**notes, "delta_norm": _norm(delta)},
+            control={**state.control, **control}, heard=heard, notes={**notes, "delta_norm": _norm(delta)},
         )  # fmt: skip
 
     def serve(self, state: State) -> Adapted:
@@ -229,7 +239,7 @@ class Averaging(Method[State], abc.ABC):
     def pooled(self, silos: int) -> Averaging:
         """One pooled silo: as many local steps as all silos take, optimizer kept, nothing that is meant for many silos."""
         return replace(
-            self, local_steps=self.local_steps * silos, optimizer_state="keep", server_optimizer="none", server_lr=1.0,
+            self, local_steps=self.local_steps * silos, optimizer_state="keep", server_optimizer="none", server_lr=None,
             server_schedule="constant", aggregate="mean", prox=0.0, scaffold=False, max_delta_norm=None,
         )  # fmt: skip
 
@@ -307,17 +317,19 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
     begun, fixed, control = body.tensors, body.fixed, body.control
     if method != body.method:  # a silo of lower rank or fewer virtual tokens
         shapes = {n: t.shape for n, t in tuned.tensors().items()}
-        begun, fixed, control = (
-            {n: _cut(t, shapes[n]) if n in shapes else t for n, t in some.items()} for some in (begun, fixed, control)
-        )
+        begun, fixed = ({n: _cut(t, shapes[n]) if n in shapes else t for n, t in some.items()} for some in (begun, fixed))
+        if any(c.shape != begun[n].shape for n, c in control.items()):
+            raise SiloError(f"[silo.{silos[0].name}] {scaffold.UNEQUAL}")
     kept = method.optimizer_state == "keep"
     moments = [silo.memory.get("moments", {}) if kept else {} for silo in silos]
-    mine = [{n: silo.memory.get("control", {}).get(n, torch.zeros_like(c)) for n, c in control.items()} for silo in silos]
-    drift = [{n: c - own[n] for n, c in control.items()} for own in mine] if control else ()
+    mine = [scaffold.variate(silo.name, silo.memory, body.heard) for silo in silos]
+    drift = [{n: c - own[n] if n in own else c for n, c in control.items()} for own in mine] if control else ()
     lrs = body.lrs if method.local_steps == body.method.local_steps else _stretch(body.lrs, method.local_steps)
     how = method.local(tuple(lr * method.lr / body.method.lr for lr in lrs))
     some = [(silo.data, silo.seed) for silo in silos]
-    done = training.train(resident, tuned, begun, some, how, moments, fixed, drift)
+    # decay pulls towards the base: such as starts from the base's own values back to them, all else to 0
+    neutral = {n: t for n, t in tuned.tensors().items() if any(part in n for part in OF_THE_BASE)} if how.weight_decay else {}
+    done = training.train(resident, tuned, begun, some, how, moments, fixed, drift, neutral)
     replies: list[Trained | wire.Failure] = []
     for s, silo in enumerate(silos):
         if (why := done.failed[s]) is not None:
@@ -326,13 +338,15 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
         if kept:  # of what another round trained, the moments stay
             silo.memory["moments"] = {**silo.memory.get("moments", {}), **training.moments_of(done, s)}
         delta = {n: _padded(done.tensors[n][s].cpu() - begun[n], t.shape) for n, t in body.tensors.items()}
+        weight = float(
+            len(silo.data.train) if body.method.weigh == "held" else len(how.lrs) * how.batch_size * how.accumulate
+        )
         shift = {}
         if control:
             gradient = {n: done.gradient[n][s].cpu() for n in control}
-            shift = {n: _padded(g - mine[s][n], body.control[n].shape) for n, g in gradient.items()}
-            silo.memory["control"] = {**silo.memory.get("control", {}), **gradient}
-        weight = len(silo.data.train) if body.method.weigh == "held" else len(how.lrs) * how.batch_size * how.accumulate
-        replies.append(Trained(delta, float(weight), done.loss[s], shift))
+            shift = scaffold.told(mine[s], gradient, weight)
+            silo.memory |= {"control": mine[s], "sent": {"round": body.round, "control": gradient}}
+        replies.append(Trained(delta, weight, done.loss[s], shift))
     return replies
 
 

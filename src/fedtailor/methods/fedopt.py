@@ -15,6 +15,10 @@ import torch
 
 from fedtailor.tuned import Tensors
 
+# momentum and none move by the change itself; adam and yogi by about lr in every number, as AdamW does in a silo
+LR = {"none": 1.0, "momentum": 1.0, "adam": 1e-2, "yogi": 1e-2}
+EPSILON = 1e-6  # well below a round's change of an adapter, 1e-4 to 1e-2: a larger one would outweigh the change's own size
+
 
 @dataclass(frozen=True)
 class Server:
@@ -22,7 +26,7 @@ class Server:
     lr: float
     momentum: float = 0.9
     beta2: float = 0.99
-    epsilon: float = 1e-3  # tau of the paper: beside the square root of the second moment, and its start
+    epsilon: float = EPSILON  # tau of the paper: beside the square root of the second moment, and its start
 
     def step(self, tensors: Tensors, moments: Tensors, delta: Tensors) -> tuple[Tensors, Tensors]:
         """Tensors and moments ("m/<name>", "v/<name>") after the mean change `delta` of the same names and shapes."""

@@ -23,6 +23,10 @@ from fedtailor.tuned import HEAD
 class Full(Averaging):
     lr: Positive = 3e-4
 
+    @property
+    def one_by_one(self) -> str:
+        return "each silo in a pass would hold a copy of every weight, with its gradient and moments"
+
     def config(self, resident: Resident) -> Any:
         if resident.quantized:
             raise UserError("[method] full trains every weight, and those of a quantized base cannot be; choose lora, or another")

@@ -26,6 +26,7 @@ from fedtailor import lowrank
 from fedtailor.core import Ask
 from fedtailor.errors import UserError
 from fedtailor.exporting import save_adapter
+from fedtailor.methods import scaffold
 from fedtailor.methods.averaging import Averaging, Count, Positive, State, Trained, labels_of, mean_loss, train
 from fedtailor.methods.targets import chosen, fitting, usual
 from fedtailor.models import Resident
@@ -110,11 +111,12 @@ class Lora(Averaging):
         if self.aggregate != "mean" or (not self.gap and self.combine in ("mean", "frozen_a", "alternate")):
             return super().round(state, ask)
         body = self.asked(state, ask)
-        replies = [reply.body for reply in ask(train, body)]
+        heard = list(ask(train, body))
+        replies = [reply.body for reply in heard]
         weights = [reply.weight for reply in replies]
         delta = _mean([reply.delta for reply in replies], weights)
-        shift = _mean([reply.control for reply in replies], weights)
-        after = self.stepped(state, ask, body, delta, {"train_loss": mean_loss(replies)}, shift, len(replies))
+        shift = scaffold.shift(heard)
+        after = self.stepped(state, ask, body, delta, {"train_loss": mean_loss(replies)}, shift)
         tensors, fixed = dict(after.tensors), dict(after.fixed)
         missed = changed = 0.0
         for a, b in pairs(state.tensors):
@@ -161,7 +163,7 @@ class Lora(Averaging):
             raise ValueError("combine = 'svd' turns the factors each round, so control variates fit no more; scaffold = false")
         if exact and self.dora:
             raise ValueError(f"dora scales what A and B make, so combine = {self.combine!r} would not be exact; use mean")
-        servers = (self.server_optimizer, self.server_lr, self.server_schedule, self.aggregate)
+        servers = (self.server_optimizer, self.server_rate, self.server_schedule, self.aggregate)
         if exact and servers != ("none", 1, "constant", "mean"):
             what = "server_optimizer must be none, server_lr 1, server_schedule constant, aggregate mean"
             raise ValueError(f"combine = {self.combine!r} applies the mean itself: {what}")
