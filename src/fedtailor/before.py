@@ -65,7 +65,7 @@ class Before:
 
 class _Writes(TorchDispatchMode):
     def __init__(self, places: set[int], written: dict[int, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.places, self.written = places, written
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +93,7 @@ def _place(tensor: Tensor) -> int:
 
 def _whole(tensor: Tensor) -> Tensor:
     """All bytes of the storage that a tensor is a view of."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _old(data: Tensor, before: Tensor | None) -> Tensor:
@@ -101,4 +101,4 @@ def _old(data: Tensor, before: Tensor | None) -> Tensor:
     if before is None:
         return data
     seen = torch.empty(0, dtype=data.dtype, device=data.device)
-    return seen.set_(before.untyped_storage(), data.storage_offset(), data.shape, data.stride())  # type: ignore[call-overload,no-any-return]
+    return seen.set_(before.untyped_storage(), data.storage_offset(), data.shape, data.stride())

@@ -21,7 +21,7 @@ from fedtailor.tuned import HEAD
 
 @dataclass(frozen=True)
 class Full(Averaging):
-    lr: Positive = 3e-4
+    lr: Positive = 1e-4
 
     @property
     def one_by_one(self) -> str:

@@ -24,7 +24,8 @@ class IA3(Averaging):
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as ALL
 
         mine = chosen(self.feedforward, resident)
-        targets, feedforward = chosen(self.targets, resident), mine or []
+        targets = chosen(self.targets, resident)
+        feedforward: list[str] | None = mine or []
         if targets is None:
             kind = resident.module.config.model_type
             known = usual(resident, "key", "value", "feedforward") or ALL.get(kind)
