@@ -31,6 +31,7 @@ from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.errors import UserError
 from flares import SILOS, Federation, all_answer, hello, listening, worker_at
+from tiny_runs import kept
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedtailor[nvflare]'")
 pytestmark = pytest.mark.engines
@@ -60,7 +61,7 @@ class Case:
 
 def case(*sets: str) -> Case:
     torch.set_num_threads(1)  # a module's fixture comes before what sets it for each test
-    spec = experiment.load(TINY, ["method.optimizer_state=keep", *sets])
+    spec = experiment.load(TINY, [*kept(sets), *sets])
     silos = rows.load(spec.data, spec.silo, 0).silos
     assert tuple(sorted(silos)) == SILOS
     local = InProcess(silos, {"base": models.load(spec.model)}, rounds=spec.rounds, run="local")

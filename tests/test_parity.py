@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 
-from fedtailor import data, experiment, find, models, wire
+from fedtailor import data, experiment, find, models, runs, wire
 from fedtailor.engines.courier import Answer, Sockets
 from fedtailor.engines.in_process import InProcess
 from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.models import Resident
+from tiny_runs import kept
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
 SILOS = ("cafe", "clinic", "shop")
@@ -76,7 +77,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 
 def asked(*sets: str) -> experiment.Experiment:
-    return experiment.load(TINY, ["rounds=2", "method.optimizer_state=keep", "engine.cohort=1", *sets])
+    return experiment.load(TINY, ["rounds=2", "engine.cohort=1", *kept(sets), *sets])
 
 
 def here(one: experiment.Experiment) -> Any:
@@ -97,6 +98,20 @@ def test_over_sockets(federation: Federation, method: str) -> None:
     assert wire.pack(report.state) == wire.pack(expected.state)
     assert [entry["val"] for entry in report.log] == [entry["val"] for entry in expected.log]
     assert {found.loads for found in engine.opened.values()} == {1}, "the base is loaded once, whatever the method"
+
+
+def test_a_whole_search_over_sockets(federation: Federation, tmp_path: Path) -> None:
+    """Its rows that need no pooled data, and the prompts compared on the test rows, where these are."""
+    rows = ["zero_shot", "hand_written", "federated", "centralized"]
+    sets = ["method.name=search", "method.calls=24", 'data.labels=["bad","good"]', f"rows={json.dumps(rows)}"]
+    one = asked("engine.threads=1", *sets)
+    afar = runs.begin(one, tmp_path / "afar", "a test", federation.sockets).conduct()["rows"]
+    assert list(afar) == rows[:3]
+    expected = runs.begin(one, tmp_path / "here", "a test").conduct()["rows"]
+    for row in rows[:3]:
+        assert afar[row]["accuracy"] == expected[row]["accuracy"]
+    assert afar["federated"]["paired"] == {"hand_written": expected["federated"]["paired"]["hand_written"]}
+    assert afar["federated"]["prompt"] == expected["federated"]["prompt"]
 
 
 def base_of(folder: Path, architecture: str, load: Callable[[str], Any], resident: Resident) -> list[str]:

@@ -16,13 +16,15 @@ from fedtailor import find, models, whole, wire
 from fedtailor.data import SiloData
 from fedtailor.engines.in_process import InProcess
 from fedtailor.errors import UserError
+from fedtailor.methods.averaging import Averaging
 from fedtailor.methods.lora import Lora
 from fedtailor.models import Base, Resident
 from fedtailor.tiny import byte_tokenizer
 from tiny_runs import conduct
 
 IDS = torch.tensor([[5, 60, 61, 80, 5, 99, 120], [1, 2, 3, 4, 5, 6, 7]])
-METHODS = [n for n, kind in find.methods().items() if "causal" in kind.FOR and n not in ("full", "peft")]
+TRAINING = {n: kind for n, kind in find.methods().items() if issubclass(kind, Averaging)}
+METHODS = [n for n, kind in TRAINING.items() if "causal" in kind.FOR and n not in ("full", "peft")]
 
 
 @pytest.fixture(scope="module")

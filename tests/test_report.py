@@ -355,3 +355,23 @@ def test_rendering_twice_is_the_same_and_leaves_nothing_else(tmp_path: Path) -> 
 
 def test_rows_without_test_rows_are_told() -> None:
     assert report.summary({"rows": {"federated": {"bytes_up": 1}}, "seeds": [0]}) == "No test rows, so no results."
+
+
+def test_a_search_is_drawn_by_its_calls(tmp_path: Path) -> None:
+    """Over seeds a point stands at the mean calls of its round."""
+    for seed, calls in ((0, 90), (1, 110)):
+        folder = tmp_path / f"seed-{seed}" / "rows" / "federated"
+        folder.mkdir(parents=True)
+        entries = [
+            {"round": n, "model_calls": n * calls, "val": {"accuracy": {"mean": 0.5 + n / 10 + seed / 100}}} for n in range(3)
+        ]
+        (folder / "rounds.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    curves = plots.read_curves([tmp_path / "seed-0", tmp_path / "seed-1"])
+    kinds = plots.colours(["federated"])
+    drawn = plots.draw(curves, "accuracy", "accuracy", kinds, {}, plots.CALLS)
+    assert "model calls, all silos together" in drawn
+    assert ">200</text>" in drawn
+    assert "by model calls" in drawn
+    assert plots._along(curves[0].points("accuracy"), curves[0].points(plots.CALLS))[2][0] == 200
+    assert plots.draw(curves, "loss", "loss", kinds, {}, plots.CALLS) == ""
+    assert ">round</text>" in plots.draw(curves, "accuracy", "accuracy", kinds, {})

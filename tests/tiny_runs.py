@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtailor import experiment, runs
+from fedtailor import experiment, find, runs
 from fedtailor.experiment import Experiment
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -15,6 +16,12 @@ ONE_THREAD = "engine.threads=1"
 
 
 FEDERATED = 'rows=["federated"]'
+
+
+def kept(sets: Sequence[str]) -> list[str]:
+    """Moments kept between rounds, where the method of these sets has any."""
+    name = next((text.partition("=")[2] for text in sets if text.startswith("method.name=")), "prefix")
+    return ["method.optimizer_state=keep"] if hasattr(find.method(name), "optimizer_state") else []
 
 
 def asked(*sets: str) -> Experiment:

@@ -7,7 +7,7 @@ rounding). Rows that begin with the same tokens (a few-shot prompt, an instructi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,6 +19,7 @@ from fedtailor import progress, seq2seq, vision
 from fedtailor.data import Row
 from fedtailor.errors import SiloError
 from fedtailor.models import Resident, texts
+from fedtailor.prefixes import Prefixes, common
 from fedtailor.tuned import IGNORED, Batch, Tuned
 
 SHARED = 24  # tokens in common from which one pass over them pays for cutting the rows in two
@@ -167,6 +168,8 @@ class Answers:
     tensors: Mapping[str, Tensor] | None = None  # None: the base as it stands
     until: str = ""  # where this begins, generated text ends: what stands between few-shot examples
     told: Callable[[Row], Row] = lambda row: row  # how a row is asked: few-shot examples or an instruction in front
+    said: Mapping[str, str] = field(default_factory=dict)  # label -> the word that stands for it, where it is another
+    prefixes: Prefixes | None = None  # what batches begin with, kept from one to the next
 
     @torch.no_grad()
     def logprobs(
@@ -185,6 +188,7 @@ class Answers:
     @torch.no_grad()
     def scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
         """(rows, choices) log-probabilities of each choice as the answer, fp32 on the CPU."""
+        choices = [self.said.get(choice, choice) for choice in choices]
         if self.resident.classifier:
             return self._class_scores(rows, choices)
         if self.resident.kind == "seq2seq":
@@ -203,6 +207,13 @@ class Answers:
             ids = torch.tensor([[column[i].answer[0] for column in alternatives] for i in chosen])
             out[torch.tensor(chosen)] = logp.gather(1, ids)
         return out
+
+    def places(self, rows: Sequence[Row], choices: Sequence[str]) -> list[int]:
+        """Tokens of each row's answer, one of `choices`, as `scores` counts them."""
+        if self.resident.classifier:
+            return [1] * len(rows)
+        stop = with_end(self.resident, [self.said.get(choice, choice) for choice in choices])
+        return [len(item.answer) for item in self._encoded(self._told(rows), None, stop=stop)]
 
     @torch.no_grad()
     def generate(
@@ -291,12 +302,11 @@ class Answers:
         shared = min(_common(ids), min(map(len, ids)) - keep)
         if shared < SHARED or rows == 1:
             return self.tuned.using(self.tensors, some.input_ids, some.attention_mask, some.position_ids, keep)[0]  # type: ignore[no-any-return]
-        one = torch.tensor([ids[0][:shared]], device=some.input_ids.device)
-        places = torch.arange(shared, device=one.device)[None]
-        _, cache = self.tuned.using(self.tensors, one, torch.ones_like(one), places, 1)
+        cache = (self.prefixes or Prefixes()).cache(self.tuned, self.tensors, ids[0][:shared])
         cache.batch_repeat_interleave(rows)
-        rest = batch([Encoded(row[shared:], []) for row in ids], self._pad).to(one.device)
-        mask = torch.cat([torch.ones(rows, shared, dtype=torch.long, device=one.device), rest.attention_mask], dim=1)
+        rest = batch([Encoded(row[shared:], []) for row in ids], self._pad).to(some.input_ids.device)
+        ones = torch.ones(rows, shared, dtype=torch.long, device=rest.input_ids.device)
+        mask = torch.cat([ones, rest.attention_mask], dim=1)
         return self.tuned.using(self.tensors, rest.input_ids, mask, rest.position_ids + shared, keep, cache)[0]  # type: ignore[no-any-return]
 
     def _steps(
@@ -327,8 +337,7 @@ def _picked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _common(ids: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with."""
-    low, high = min(ids), max(ids)
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return common(min(ids), max(ids))
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, draw: torch.Generator) -> Tensor:

@@ -43,7 +43,8 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
                 out.print(f"[{error}]", markup=False)
                 continue
         elif fields:
-            row = Row("".join(text + ("" if c is None else values[c]) for text, c in rows.parts(template)), "")
+            prompt, frame = rows.filled(template, values)
+            row = Row(prompt, "", frame=frame)
         else:
             turns.append({"role": "user", "content": values["you"]})
             row = Row("", "", messages=tuple(turns))

@@ -18,6 +18,10 @@ from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment, drawn
 from fedtailor.preparing import prepare
 
+TRAINED_BESIDES = (
+    "Besides: once, before the first round, the untrained tensors from one silo; rows seen, mean loss; at evaluation: sums "
+    "and counts (of a silo with one row: that row's). No rows, texts or tokens leave."
+)
 LABELS = 3  # of the classifier whose head is counted, on an encoder
 
 
@@ -56,15 +60,10 @@ def show(experiment: Experiment, out: Console, afar: Sequence[str] = ()) -> None
     silos = drawn(len(loaded.silos), experiment.participation)
     out.print(
         f"{count:,} numbers, about {size:,} bytes up per silo and round; {silos} of {len(loaded.silos)} silos a round, "
-        f"{experiment.rounds} rounds: {whole * silos:,} bytes up in all; and once, before the first, "
-        "the untrained tensors from one silo",
+        f"{experiment.rounds} rounds: {whole * silos:,} bytes up in all",
         highlight=False,
     )
-    out.print(
-        "Besides: rows seen, mean loss; at evaluation: sums and counts (of a silo with one row: that "
-        "row's). No rows, texts or tokens leave.",
-        highlight=False,
-    )
+    out.print(getattr(method, "BESIDES", TRAINED_BESIDES), highlight=False)
 
 
 def _labels(silos: dict[str, SiloData]) -> tuple[str, ...]:
@@ -95,8 +94,9 @@ def _costs(method: Any, resident: models.Resident) -> tuple[str, str, str]:
         body = method.example(resident, LABELS)
     except UserError as error:
         return str(error).partition(":")[0].removeprefix("[method] "), "-", "-"
-    numbers = sum(t.numel() for t in body.delta.values())
-    return f"{numbers:,}", f"{len(wire.pack(body)):,}", "no" if method.one_by_one else "yes"
+    delta = getattr(body, "delta", None)  # without control variates, which are not trained
+    numbers = sum(t.numel() for t in (delta if isinstance(delta, dict) else wire.tensors_of(body)).values())
+    return f"{numbers:,}", f"{len(wire.pack(body)):,}", "no" if getattr(method, "one_by_one", False) else "yes"
 
 
 def _own(kind: type[Any]) -> list[Any]:

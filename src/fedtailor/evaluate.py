@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from fedtailor.answering import Answers, encode, with_end
+from fedtailor.answering import Answers
 from fedtailor.core import Ask, Reply, Silo, in_silo
 from fedtailor.data import Row
 
@@ -183,11 +183,7 @@ def _classes(model: Answers, rows: Sequence[Row], labels: Sequence[str]) -> list
     """The causal model's scores for the label words (an encoder's: its head's); the likeliest is told."""
     scores = model.scores(rows, labels)
     true = [labels.index(row.answer) for row in rows]
-    lengths = (
-        [1] * len(rows)
-        if model.resident.classifier
-        else [len(item.answer) for item in encode(model.resident, rows, stop=with_end(model.resident, labels))]
-    )
+    lengths = model.places(rows, labels)
     told = scores.argmax(1).tolist() if rows else []
     return [
         _Scored(length, -scores[i, t].item(), (t, p))

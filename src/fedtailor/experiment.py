@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fedtailor import evaluate as scoring
-from fedtailor import find, progress
+from fedtailor import find, listed, progress
 from fedtailor.core import Ask
 from fedtailor.data import SILO_FIELDS, Data, own_settings
 from fedtailor.errors import UserError, suggest
@@ -25,6 +25,7 @@ from fedtailor.generations import Best, Generations
 from fedtailor.models import Base
 
 Trained = Literal["alone", "centralized"]
+RowName = Literal["zero_shot", "few_shot", "alone", "federated", "centralized", "hand_written", "noiseless"]
 ROWS = ("zero_shot", "few_shot", "alone", "federated", "centralized")
 
 
@@ -51,7 +52,7 @@ class Experiment:
     rounds: Annotated[int, Field(ge=1)] = 4
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the silos drawn each round, at least one
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    rows: tuple[Literal["zero_shot", "few_shot", "alone", "federated", "centralized"], ...] = ROWS  # type: ignore[assignment]
+    rows: tuple[RowName, ...] = ROWS  # type: ignore[assignment]
     evaluate: Evaluation = field(default_factory=Evaluation)
     engine: Engine = field(default_factory=Engine)
     faults: Faults = field(default_factory=Faults)
@@ -206,6 +207,7 @@ def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Exper
     for text in sets:
         _set(table, text)
     _other_method(table, written, {text.partition("=")[0].strip() for text in sets})
+    _read_lists(table, path.parent)
     _found_source(table, path.parent)
     if seed is not None:
         table["seeds"] = [seed]
@@ -360,12 +362,19 @@ def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[s
         now.pop(key, None)
 
 
+def _read_lists(table: dict[str, Any], folder: Path) -> None:
+    settings = table.get("method")
+    if isinstance(settings, dict) and settings.get("name") in find.methods():
+        listed.inlined(settings, getattr(find.method(settings["name"]), "FILES", ()), folder)
+
+
 def _found_source(table: dict[str, Any], folder: Path) -> None:
     """A data file or model folder, relative to here or to the experiment's own folder, by its whole path: a resume
     finds it from anywhere."""
     from fedtailor import demo, packaged
 
-    for part, key, names in (("data", "source", demo.names()), ("model", "name", [*packaged.PACKAGED, "tiny"])):
+    models, none = [*packaged.PACKAGED, "tiny"], list[str]()
+    for part, key, names in (("data", "source", demo.names()), ("model", "name", models), ("method", "secrets", none)):
         settings = table.get(part)
         named = settings.get(key) if isinstance(settings, dict) else None
         if isinstance(settings, dict) and isinstance(named, str) and named not in names:

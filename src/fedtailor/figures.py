@@ -29,7 +29,8 @@ METRICS = {
     "loss": Metric("loss", "lower"), "gap": Metric("exactness gap of the aggregation", "lower"),
 }
 ROWS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "alone": "alone", "alone.own": "alone, own",
-        "federated": "federated", "centralized": "centralized"}
+        "hand_written": "best hand-written prompt", "federated": "federated", "noiseless": "federated, without noise",
+        "centralized": "centralized"}
 
 
 def number(value: Any) -> str:
@@ -74,6 +75,8 @@ COSTS = {
     "bytes_down": Cost("down", size, "bytes"),
     "seconds": Cost("time", duration, "seconds"),
     "peak_memory_mb": Cost("memory", lambda mb: size(mb * 1e6) if is_number(mb) else MISSING, "MB"),
+    "model_calls": Cost("calls", lambda count: _scaled(count, ("", " k", " M", " G")), "rows scored under one prompt"),
+    "epsilon": Cost("epsilon"),
     "trained_parameters": Cost("params", lambda count: _scaled(count, ("", " k", " M", " G")), "parameters"),
 }
 

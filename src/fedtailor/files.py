@@ -32,5 +32,5 @@ def file_name(silo: str) -> str:
 
 def placeless(text: str) -> str:
     """The text of an experiment.toml without the folders that its data and model lie in: a page is passed on."""
-    absolute = r'^(source|name) = "(?:/|[A-Za-z]:)[^"\n]*[/\\]([^"/\\\n]+)"$'
+    absolute = r'^(source|name|secrets) = "(?:/|[A-Za-z]:)[^"\n]*[/\\]([^"/\\\n]+)"$'
     return re.sub(absolute, r'\1 = "\2"', text, flags=re.MULTILINE)

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedtailor.paired import over_seeds
+
 
 def merge(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Rows of several seeds as one: numbers are means; each metric also has `spread` (sd over seeds) and `by_seed`."""
@@ -33,6 +35,9 @@ def _merged(key: str, values: list[Any], seeds: Sequence[int]) -> Any:
                 "pooled_by_seed": {str(seed): one for seed, one in zip(seeds, pooled, strict=True)}}
                if len(pooled) == len(values) else {}),
         }  # fmt: skip
+    if key == "paired":
+        rows = [row for row in values[0] if all(value.get(row) for value in values)]
+        return {r: over_seeds({seed: value[r] for seed, value in zip(seeds, values, strict=True)}) for r in rows}
     if key == "own":
         shared = [name for name in values[0] if all(name in value for value in values)]
         return {name: _merged(name, [value[name] for value in values], seeds) for name in shared}

@@ -23,6 +23,7 @@ _OTHER_SHAPES = (("10 3 2 3", "diamond"), ("4 2", "circle"), ("1 3", "square"))
 _COLOURED = ("zero_shot", "few_shot", "alone", "federated", "centralized")
 _OTHER_COLOURS = 3
 
+CALLS = "model_calls"
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 42
 _MOST_POINTS = 120  # a curve of thousands of rounds looks the same and weighs less
@@ -108,19 +109,23 @@ def _validation(entry: Mapping[str, Any]) -> dict[str, float]:
         # A diverged loss cannot be drawn; nan compares false.
         if isinstance(mean, int | float) and abs(mean) < 1e30:
             means[metric] = float(mean)
-    gap = entry.get("gap")  # of the round's aggregation, no measure on rows
-    return means | ({"gap": float(gap)} if isinstance(gap, int | float) else {})
+    # of the round itself, no measure on rows: how inexact its aggregation was; what a search has cost so far
+    return means | {name: float(entry[name]) for name in ("gap", CALLS) if isinstance(entry.get(name), int | float)}
 
 
 def draw(
-    curves: Sequence[Curve], metric: str, label: str, kinds: Mapping[str, str], best: Mapping[str, Any]
+    curves: Sequence[Curve], metric: str, label: str, kinds: Mapping[str, str], best: Mapping[str, Any], by: str = ""
 ) -> str:
     """An <svg> of `metric` by round, or "" where no curve has it. `kinds` are `colours`; `best` rings a row's round.
+
+    `by`: another metric that goes along the axis in place of the round, over seeds the mean of it at that round.
 
     Values far above the others (five medians: a diverged silo) are cut off, so that the rest stays readable;
     the drawing says so.
     """
-    drawn = [(curve, points) for curve in curves if (points := curve.points(metric))]
+    drawn = [(curve, points) for curve in curves if (points := _along(curve.points(metric), curve.points(by) if by else None))]
+    if by:
+        best = {c.row: next((round(m) for n, m, *_ in c.points(by) if n == best.get(c.row)), None) for c, _ in drawn}
     if not drawn:
         return ""
     values = [value for _, points in drawn for _, *three in points for value in three]
@@ -139,10 +144,11 @@ def draw(
     def y(value: float) -> float:
         return _TOP + (high - value) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [f'<clipPath id="inside-{escape(metric)}"><rect x="{_LEFT - 6}" y="{_TOP - 6}" '
+    inside = f"inside-{escape(metric)}{'-calls' if by else ''}"
+    parts = [f'<clipPath id="{inside}"><rect x="{_LEFT - 6}" y="{_TOP - 6}" '
              f'width="{_WIDTH - _LEFT - _RIGHT + 12}" height="{_HEIGHT - _TOP - _BOTTOM + 12}"/></clipPath>']
-    parts += _axes(ticks, x, y, first, last)
-    parts.append(f'<g clip-path="url(#inside-{escape(metric)})">')
+    parts += _axes(ticks, x, y, first, last, "model calls, all silos together" if by == CALLS else "round")
+    parts.append(f'<g clip-path="url(#{inside})">')
     # The thin lines first: the rows that the page is about stay on top.
     for curve, points in sorted(drawn, key=lambda pair: (not pair[0].silo, pair[0].row == "federated")):
         parts += _line(curve, points, kinds[curve.row], best.get(curve.row), x, y)
@@ -150,7 +156,7 @@ def draw(
     if cut:
         parts.append(f'<text class="note" x="{_WIDTH - _RIGHT}" y="{_TOP + 12}" text-anchor="end">'
                      f"values above {high:g} are cut off</text>")
-    spoken = escape(f"{label}{'' if metric == 'gap' else ' on validation rows'} by round")
+    spoken = escape(f"{label}{'' if metric == 'gap' else ' on validation rows'} by {'model calls' if by else 'round'}")
     return (f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{spoken}">'
             + "".join(parts) + "</svg>")
 
@@ -205,7 +211,15 @@ def _marker(shape: str, x: float, y: float) -> str:
     return ""
 
 
-def _axes(ticks: Sequence[float], x: Any, y: Any, first: int, last: int) -> Iterator[str]:
+def _along(points: list[tuple[int, float, float, float]], by: Any) -> list[tuple[int, float, float, float]]:
+    """The points at the places that `by` has for their rounds."""
+    if by is None:
+        return points
+    places = {number: round(mean) for number, mean, *_ in by}
+    return [(places[number], *values) for number, *values in points if number in places]
+
+
+def _axes(ticks: Sequence[float], x: Any, y: Any, first: int, last: int, along: str) -> Iterator[str]:
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     for tick in ticks:
         yield f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{_WIDTH - _RIGHT}"/>'
@@ -215,7 +229,7 @@ def _axes(ticks: Sequence[float], x: Any, y: Any, first: int, last: int) -> Iter
     for number in range(-(-first // step) * step, last + 1, step):
         yield f'<text x="{x(number):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{number}</text>'
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    yield f'<text x="{middle:.1f}" y="{_HEIGHT - 6}" text-anchor="middle">round</text>'
+    yield f'<text x="{middle:.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{along}</text>'
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -21,9 +21,13 @@ def prepare(experiment: Experiment, afar: Sequence[str] = ()) -> tuple[rows_of.L
     taken = 0
     if hasattr(experiment.method, "put_on"):
         taken = experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values())).shift
+    if afar and hasattr(experiment.method, "ready"):
+        experiment.method.ready(resident, loaded.silos)
     for seed in () if afar else experiment.seeds:  # another seed deals other rows, and draws other examples
         again = loaded if seed == experiment.seeds[0] else rows_of.load(experiment.data, experiment.silo, seed)
         fits(resident, again.silos, taken=taken)
+        if hasattr(experiment.method, "ready"):
+            experiment.method.ready(resident, again.silos)
         if "few_shot" in experiment.rows and not resident.classifier:
             _few_shot_fits(experiment, resident, again.silos, seed)
     return loaded, resident
@@ -49,6 +53,11 @@ def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loade
         experiment.faults.check(loaded.silos)
     except UserError as error:
         errors.append(str(error))
+    errors += [
+        f"rows: {row!r} needs {what}; leave it out"
+        for row, what in (("hand_written", "a method that begins with prompts"), ("noiseless", "method.noise"))
+        if row in experiment.rows and not _has(experiment.method, row)
+    ]
     try:
         _measurable(experiment, bool(experiment.data.label))
     except UserError as error:
@@ -115,6 +124,11 @@ def _answerable(experiment: Experiment, resident: models.Resident, classes: bool
         raise UserError(f"[model] name = {name!r}: {what} tells labels, it writes no text; set data.label, or a causal model")
     if experiment.data.messages and not getattr(resident.tokenizer, "chat_template", None):
         raise UserError(f"[data] messages: {name!r} has no chat template; use template and answer, or a chat model")
+
+
+def _has(method: object, row: str) -> bool:
+    made = getattr(method, row, None)
+    return made is not None and (row == "hand_written" or made() is not None)
 
 
 def _bytes(row: Row) -> int:

@@ -32,6 +32,7 @@ from fedtailor.figures import (
     words,
 )
 from fedtailor.files import placeless
+from fedtailor.printing import prompts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -218,6 +219,7 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     best = {} if folders else {line.key: line.row["best_round"] for line in found if "best_round" in line.row}
     panels = {name: Markup(plots.draw(curves, name, metric_of(name).label, kinds, best))
               for name in dict.fromkeys(("loss", first, "gap"))}
+    calls = plots.draw(curves, first, metric_of(first).label, kinds, best, plots.CALLS)
     per_silo = {line.key: _per_silo(line, first) for line in found if _per_silo(line, first)}
     # `alone` counts per silo over all tests; beside the other rows' bars only its models' own tests can stand.
     alone = per_silo.pop("alone", {})
@@ -232,6 +234,7 @@ def _view(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "costs": {n: cost_of(n) for n in _cost_names(found)},
         "best": {name: _best(name, [line.mean(name) for line in found]) for name in names},
         "panels": {name: svg for name, svg in panels.items() if svg}, "best_rounds": best,
+        "calls": Markup(calls), **prompts(folders or [folder], result),
         "legend": {curve.row: Markup(plots.swatch(curve, kinds[curve.row])) for curve in curves},
         "first": metric_of(first), "barred": [silo for silo in silos if silo in weakest], "per_silo": per_silo,
         "alone": alone, "bar": lambda value, row: Markup(plots.bar(value, top, kinds[row])),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,12 @@ class Row:
     id: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
     image: images.Image | None = None  # what a vision base looks at; its `prompt` is ""
+    frame: tuple[int, int] = field(default=(0, 0), compare=False)  # the template's letters before and after its fields
+
+    @property
+    def input(self) -> str:
+        """The prompt without the template's own words around it: what another prompt is put around."""
+        return self.prompt[self.frame[0] : len(self.prompt) - self.frame[1]]
 
     def words(self) -> int:
         """Of the prompt, or of all turns before the answer."""
@@ -56,6 +62,13 @@ def parts(template: str) -> tuple[tuple[str, str | None], ...]:
 def columns(template: str) -> tuple[str, ...]:
     """The columns a template reads."""
     return tuple(dict.fromkeys(column for _, column in parts(template) if column is not None))
+
+
+def filled(template: str, values: Mapping[str, str]) -> tuple[str, tuple[int, int]]:
+    """The prompt of these values, and its `Row.frame`."""
+    found = parts(template)
+    text = "".join(text + ("" if c is None else values[c]) for text, c in found)
+    return text, (len(found[0][0]), len(found[-1][0]) if found[-1][1] is None else 0)
 
 
 def missing(setting: str, column: str, table: Table) -> list[str]:
@@ -100,26 +113,27 @@ def content(data: Data, table: Table, index: int) -> str:
 
 def make(data: Data, labels: tuple[str, ...], table: Table, index: int, silo: str) -> Row:
     """`labels` matters for classification only. Raises UserError, with the row's place."""
-    image = _image(data, table, index) if data.image else None
+    image, frame = _image(data, table, index) if data.image else None, (0, 0)
     if data.messages:
         *before, last = _turns(data, table, index)
         prompt, answer, messages = "", last["content"].strip(), tuple(before)
     else:
-        filled = (text + ("" if c is None else str(value(c, table, index))) for text, c in parts(data.template))
-        prompt, messages = "".join(filled), ()
+        messages = ()
+        values = {c: str(value(c, table, index)) for c in columns(data.template)}
+        prompt, frame = filled(data.template, values) if data.template else ("", frame)
         answer = (
             _label(data.label, labels, table, index, silo) if data.label else word(data.answer, table, index, "answer")
         )
     given = table.rows[index].get("id")
     told = (prompt, messages, answer) if image is None else (image.sha256(), answer)
     id = str(given) if given is not None else digest(*told)[:12]
-    return Row(prompt, answer, id, messages, image)
+    return Row(prompt, answer, id, messages, image, frame)
 
 
 def plain(row: Row) -> tuple[Any, ...]:
     """All of a row as what `digest` takes."""
-    *told, _ = astuple(replace(row, image=None))
-    return (*told, row.image.sha256()) if row.image is not None else tuple(told)
+    told = (row.prompt, row.answer, row.id, row.messages)
+    return (*told, row.image.sha256()) if row.image is not None else told
 
 
 def _image(data: Data, table: Table, index: int) -> images.Image:

@@ -31,6 +31,8 @@ from fedtailor.preparing import prepare
 from fedtailor.report import VERSION
 from fedtailor.seeds import Seed
 
+POOLING = ("few_shot", "alone", "centralized")
+
 
 @dataclass
 class Run:
@@ -74,8 +76,8 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The rows that can be had: baselines pool what silos hold, so over a federation there are none but zero-shot."""
-        return [row for row in self.experiment.rows if not self.courier or row in ("zero_shot", "federated")]
+        """The rows that can be had: over a federation none that pools what silos hold."""
+        return [row for row in self.experiment.rows if not self.courier or row not in POOLING]
 
     @property
     def model_sha256(self) -> str:
@@ -133,8 +135,8 @@ class Run:
 
     def _result(self, environment: Mapping[str, Any], seeds: list[int], rows: Mapping[str, Any]) -> dict[str, Any]:
         experiment = as_table(self.experiment)
-        for part, key in (("data", "source"), ("model", "name")):
-            if Path(experiment[part][key]).is_absolute():  # results are passed on: they need not say where things lie
+        for part, key in (("data", "source"), ("model", "name"), ("method", "secrets")):
+            if Path(experiment[part].get(key, "")).is_absolute():  # results are passed on: they need not say where things lie
                 experiment[part][key] = Path(experiment[part][key]).name
         return {
             "version": VERSION, "name": self.experiment.name, "experiment": experiment, "seeds": seeds,

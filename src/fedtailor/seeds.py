@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtailor import baselines, loaders, models, peak, progress, wire
+from fedtailor import baselines, loaders, models, paired, peak, progress, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import SiloData
@@ -19,7 +19,7 @@ from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.errors import RunError
 from fedtailor.evaluate import Evaluate
-from fedtailor.experiment import drawn, run
+from fedtailor.experiment import Report, drawn, run
 from fedtailor.files import file_name, read_json, write_json
 from fedtailor.generations import Generations
 from fedtailor.packed import Packed
@@ -54,6 +54,11 @@ class Seed:
                 write_json(file, {"test_sha256": self._test_sha256, **self._row(row)})
             found[row] = read_json(file)
             found[row].pop("test_sha256", None)
+        if "federated" in found and (hasattr(experiment.method, "hand_written")):
+            file = self.folder / "rows" / "federated" / "paired.json"
+            if not file.exists():
+                write_json(file, self._pairs(self.run.rows))
+            found["federated"]["paired"] = read_json(file)
         return found
 
     @cached_property
@@ -76,6 +81,10 @@ class Seed:
         if row == "alone":
             return self._alone()
         folder = self.folder / "rows" / row
+        if row == "hand_written":
+            return self._hand_written(folder)
+        if row == "noiseless":
+            return self._trained(folder, self.data, experiment.method.noiseless())
         if row == "centralized":
             method = experiment.method_of(row).pooled(drawn(len(self.data), experiment.participation))
             return self._trained(folder, baselines.pooled(self.data), method)
@@ -92,6 +101,43 @@ class Seed:
             "samples": self._samples(served), **({"rejected": rejected} if rejected else {}),
         }  # fmt: skip
 
+    def _hand_written(self, folder: Path) -> dict[str, Any]:
+        """Of the prompts that a search begins with, the one that is best on validation."""
+        experiment, name = self.run.experiment, self.run.experiment.evaluate.best_by
+        engine = self._engine(self.data, 0, "hand_written", disturbed=False)
+        labels = next((rows.labels for rows in self.data.values() if rows.labels), ())
+        pool = experiment.method.hand_written(labels)
+        best, chosen = None, pool[0]
+        for served in pool:
+            asked = Evaluate(served, "val", experiment.evaluate.max_new_tokens)
+            found = scoring.summary(scoring.ask_all(engine.reach(0, disturbed=False), asked))
+            now = found[name]["mean"] if name in found else None
+            if now is not None and (best is None or scoring.better(name, now, best)):
+                best, chosen = now, served
+        up, down = engine.traffic.take()
+        self._kept(folder, chosen)
+        row = self._served(chosen)
+        row["evaluation_bytes_up"] += up
+        row["evaluation_bytes_down"] += down
+        return {**row, "prompt": chosen.prompt.template}
+
+    def _kept(self, folder: Path, served: Any) -> None:
+        """A prompt beside the federated one, to be compared with it, and read."""
+        wire.write_file(folder / "served.safetensors", served)
+        text = served.prompt.written(self.run.experiment.data.template, served.labels)
+        wire.write_bytes(folder / "prompt.txt", text.encode())
+
+    def _pairs(self, rows: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Federated minus each other row of prompts, on the same test rows."""
+        served = {row: self.folder / "rows" / row / "served.safetensors" for row in rows if row != "federated"}
+        served = {row: file for row, file in served.items() if file.exists()}
+        if not served:
+            return {}
+        mine = wire.read_file(self.folder / "adapter" / "served.safetensors")
+        engine = self._engine(self.data, 0, "paired", disturbed=False)
+        ask = engine.reach(0, disturbed=False)
+        return paired.ask_all(ask, mine, {row: wire.read_file(file) for row, file in served.items()})
+
     def _trained(
         self, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False
     ) -> dict[str, Any]:
@@ -101,7 +147,9 @@ class Seed:
         report = run(experiment, engine, Generations(folder), method, self.seed)
         if federated:
             wire.write_bytes(self.folder / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes())
-            self._export(method, report.served)
+            self._export(method, report)
+        elif hasattr(method, "hand_written"):
+            self._kept(folder, report.served)
         began = time.perf_counter()
         found, traffic, rejected = self._tested(report.served)
         sums = {name: sum(entry.get(name, 0) for entry in report.log) for name in ADDED}
@@ -116,7 +164,7 @@ class Seed:
             **scoring.summary(found), **sums, "peak_memory_mb": peak.megabytes(),
             "trained_parameters": sum(t.numel() for t in tensors.values()),
             "best_round": report.best_round, "rounds": experiment.rounds, "rejected": _counted(report.log) | rejected,
-            "samples": self._samples(report.served),
+            "samples": self._samples(report.served), **_told(report),
         }  # fmt: skip
 
     def _alone(self) -> dict[str, Any]:
@@ -211,15 +259,19 @@ class Seed:
             served.open({"base": self.resident}), self.data, settings.samples, settings.max_new_tokens
         )
 
-    def _export(self, method: Any, served: Any) -> None:
+    def _export(self, method: Any, report: Report) -> None:
         """adapter/, made beside and moved into place."""
         beside, target = self.folder / ".adapter.tmp", self.folder / "adapter"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
+        served = report.served
         wire.write_file(beside / "served.safetensors", served)  # what `fedtailor chat` opens
+        if hasattr(method, "export_prompt"):
+            method.export_prompt(report.state, beside, self.run.experiment.data.template)
         if hasattr(method, "export"):
             with wire.disk_told(beside):
-                method.export(self.resident, served.tensors, beside)
+                tensors = served.on(self.resident) if hasattr(served, "on") else served.tensors
+                method.export(self.resident, tensors, beside)
                 labels = next((silo.labels for silo in self.data.values() if silo.labels), ())
                 loaders.classifier(self.resident, labels, beside)
         shutil.rmtree(target, ignore_errors=True)
@@ -240,6 +292,14 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         wire.write_bytes(self.folder / f"{self.count:06d}-{direction}-{file_name(silo)}.safetensors", data)
         self.count += 1
+
+
+def _told(report: Report) -> dict[str, Any]:
+    """Of a search: calls and epsilon of the whole of it, and the prompt that it found."""
+    last = report.log[-1]
+    found: dict[str, Any] = {name: last[name] for name in ("model_calls", "epsilon") if name in last}
+    prompt = getattr(report.served, "prompt", None)
+    return found if prompt is None else {**found, "prompt": prompt.template}
 
 
 def _counted(log: Sequence[Mapping[str, Any]]) -> dict[str, int]:
