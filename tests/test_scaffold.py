@@ -31,7 +31,7 @@ METHOD = replace(PLAIN, scaffold=True)
 def asked(base: Resident, method: Averaging, control: Tensors | None = None, number: int = 1) -> Train:
     tensors = method.initial(base, method.put_on(base, 2), 1)
     blank = {n: torch.zeros_like(t) for n, t in tensors.items()} if method.scaffold else {}
-    return Train(method, tensors, method.lrs(1, 1), control=blank if control is None else control, round=number,
+    return Train(method, tensors, method.lrs(1, 1), control=blank if control is None else control, number=number,
                  heard={"zoo": number - 1} if number > 1 else {})  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class Train:
     lrs: tuple[float, ...]
     fixed: Tensors = field(default_factory=dict)  # used, and not trained this round: see `tuned.joined`
     control: Tensors = field(default_factory=dict)  # SCAFFOLD's, of the server
-    round: int = 0
+    number: int = 0  # of the round
     heard: Mapping[str, int] = field(default_factory=dict)  # SCAFFOLD: the last round of each silo that counted
 
 
@@ -345,7 +345,7 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
         if control:
             gradient = {n: done.gradient[n][s].cpu() for n in control}
             shift = scaffold.told(mine[s], gradient, weight)
-            silo.memory |= {"control": mine[s], "sent": {"round": body.round, "control": gradient}}
+            silo.memory |= {"control": mine[s], "sent": {"round": body.number, "control": gradient}}
         replies.append(Trained(delta, weight, done.loss[s], shift))
     return replies
 
