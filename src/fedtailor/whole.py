@@ -108,10 +108,9 @@ def _into_weights(module: Any, adapter: Path) -> Any:
         raise UserError(f"PEFT cannot merge this adapter ({why}); export without --merge") from error
     if tied:
         said, read = module.get_output_embeddings(), module.get_input_embeddings()
-        if torch.equal(said.weight, read.weight):
+        module.config.tie_word_embeddings = torch.equal(said.weight, read.weight)  # PEFT has said that they differ
+        if module.config.tie_word_embeddings:
             said.weight = read.weight
-        else:
-            module.config.tie_word_embeddings = False
     return module
 
 
