@@ -28,7 +28,8 @@ def served(run: Path) -> torch.Tensor:
 METHODS: dict[str, tuple[str, ...]] = {
     "lora": (), "lora exact": ("method.combine=exact",), "lora dora": ("method.dora=true",), "ia3": (), "vera": (),
     "layernorm": (), "bitfit": (), "full": (),
-    "lora tied": ('method.targets=["lm_head"]',), "peft tied": ('method.settings={r = 4, lora_alpha = 8, target_modules = ["embed_tokens"]}',),
+    "lora tied": ('method.targets=["lm_head"]',),
+    "peft tied": ('method.settings={r = 4, lora_alpha = 8, target_modules = ["embed_tokens"]}',),
 }  # fmt: skip
 
 
