@@ -54,7 +54,7 @@ def test_it_improves_without_a_gradient(sharp: Resident, share: Any) -> None:
             up, _ = engine.traffic.take()
             assert up / len(data) < BUDGET
         after = label_loss(method.serve(state), sharp, data)
-    assert after < before - 0.05
+    assert after < before - 0.02
     assert state.notes["model_calls"] == pytest.approx(3 * state.notes["calls"])
     assert not any(p.requires_grad for p in sharp.module.parameters())
 
