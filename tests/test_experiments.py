@@ -139,6 +139,7 @@ MADE = (
     "urgency.toml",
     "silo.toml",
     "kits/",
+    "load.py",
 )  # made by a run, or the reader's
 
 
