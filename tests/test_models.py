@@ -172,8 +172,9 @@ def test_bases_weights_survive_whatever_is_put_on(any_resident: Resident) -> Non
 def test_a_config_that_does_not_fit(llama: Resident) -> None:
     before = fresh(llama).scores([Row("a", "b")], ["b", "c"])
     said = message(Peft(type="loha", settings={"target_modules": ["nothing_of_that_name"]}).put_on, llama, 0)
-    assert said.startswith("[method] LOHA does not fit LlamaForCausalLM")
-    assert "nothing_of_that_name" in said
+    assert said.startswith("[method] targets = 'nothing_of_that_name': no layer of LlamaForCausalLM is called so")
+    said = message(Peft(type="psoft").put_on, llama, 0)  # of rank 32, where layers have 16
+    assert said.startswith("[method] PSOFT does not fit LlamaForCausalLM"), said
     assert torch.equal(fresh(llama).scores([Row("a", "b")], ["b", "c"]), before)
 
 
