@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,28 @@ def test_tensors_and_bytes_are_those_that_a_round_sends(method: str) -> None:
     half = max(1, round(len(silos) / 2))
     assert f"{count:,} numbers, about {size:,} bytes up per silo and round; {half} of {len(silos)} silos a round" in text
     assert f"{experiment.rounds} rounds: {size * half * experiment.rounds:,} bytes up in all" in text
+
+
+def test_both_turns_of_a_method_are_listed() -> None:
+    """B leaves in odd rounds, A in even ones: all are named; three rounds cost two of the one, one of the other."""
+    from fedtailor import data
+
+    experiment = load(TINY, ["method.name=lora", "method.combine=alternate", "method.local_steps=1", "rounds=3"])
+    text = printed(show, experiment)
+    assert ".lora_A." in text
+    assert ".lora_B." in text
+    sent: list[int] = []
+    silos = data.load(experiment.data, {}, 0).silos
+    engine = InProcess(
+        silos, {"base": load_model(experiment.model)}, rounds=3,
+        record=lambda _, way, body: sent.append(len(body)) if way == "up" else None,
+    )  # fmt: skip
+    state = experiment.method.begin(engine.reach(0))
+    sent.clear()
+    for number in (1, 2, 3):
+        state = experiment.method.round(state, engine.reach(number))
+    told = int(re.findall(r"3 rounds: ([\d,]+) bytes up in all", text)[0].replace(",", ""))
+    assert abs(told - sum(sent)) <= 8 * len(sent)
 
 
 def wire_size(experiment: Experiment, resident: Resident) -> tuple[int, int]:

@@ -147,6 +147,13 @@ def test_centralized_sees_as_many_rows_as_federated_when_few_take_part(tmp_path:
     assert steps == {2 * 2 * 1}, "rounds x local steps x silos of a round"
 
 
+def test_only_what_is_trained_is_counted(tmp_path: Path) -> None:
+    """frozen_a trains B alone: 2 layers x (32 + 16) outputs of query and value x rank 2; in turns, both are trained."""
+    for combine, expected in (("frozen_a", 2 * 48 * 2), ("alternate", 2 * (48 + 2 * 32) * 2)):
+        sets = ("method.name=lora", f"method.combine={combine}", "method.rank=2", 'rows=["federated"]')
+        assert conduct(tmp_path / combine, *sets)["rows"]["federated"]["trained_parameters"] == expected
+
+
 def test_a_baseline_trains_at_its_own_settings(tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
     rows = conduct(tmp_path, 'rows=["alone", "centralized"]', "baseline.centralized.lr=0.5")["rows"]
     assert rows["alone"]["loss"] == whole[1]["rows"]["alone"]["loss"]

@@ -78,7 +78,7 @@ def list_methods(out: Console, model: str = "smollm2-135m") -> None:
     table = Table("method", "what", "trained", "up", "cohort", title=f"on {escape(model)}")
     for name, kind in find.methods().items():
         doc = (__import__(kind.__module__, fromlist=["_"]).__doc__ or "").strip()
-        what = re.split(r"[:;,.](?:\s|$)(?!al\b)", doc.replace("et al.", "et al"), maxsplit=1)[0].replace("et al", "et al.")
+        what = re.split(r"[:;,.](?:\s|$)", doc.replace("et al.", "et al"), maxsplit=1)[0].replace("et al", "et al.")
         table.add_row(name, escape(what), *_costs(kind(), resident))
     out.print(table)
     out.print("trained: numbers; up: bytes of one silo and round; cohort: many silos in one pass", highlight=False)

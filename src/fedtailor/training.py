@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedtailor import progress
 from fedtailor.answering import trainable
 from fedtailor.data import SiloData
-from fedtailor.errors import RunError
+from fedtailor.errors import SiloError
 from fedtailor.models import Resident
 from fedtailor.tuned import Batch, Tensors, Tuned, joined, stack
 
@@ -160,7 +160,7 @@ def _plain(
             nll, seen = tuned.losses(joined(leaves, fixed), some)
             found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
     if all(g is None for g in found):
-        raise RunError("no gradient reaches what is trained: the base's layers let none through; choose another base or method")
+        raise SiloError("no gradient reaches what is trained: the base's layers let none through; choose another base or method")
     grads = {
         n: (torch.zeros_like(t) if g is None else g)[None] for (n, t), g in zip(leaves.items(), found, strict=True)
     }

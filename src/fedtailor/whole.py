@@ -104,8 +104,7 @@ def _into_weights(module: Any, adapter: Path) -> Any:
     try:
         module = PeftModel.from_pretrained(module, adapter).merge_and_unload()
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"PEFT cannot merge this adapter ({why}); export without --merge") from error
+        raise UserError(f"PEFT cannot merge this adapter ({models.one_line(error)}); export without --merge") from error
     if tied:
         said, read = module.get_output_embeddings(), module.get_input_embeddings()
         module.config.tie_word_embeddings = torch.equal(said.weight, read.weight)  # PEFT has said that they differ

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedtailor import training
-from fedtailor.errors import RunError, UserError, suggest
+from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.methods.averaging import Averaging, Positive
 from fedtailor.methods.targets import chosen, usual
 from fedtailor.models import Resident, one_line
@@ -53,7 +53,7 @@ class Peft(Averaging):
             except Exception as error:  # whatever PEFT's code raises when it is used in another way than it was made for
                 resident.tuned()
                 kind, why = type(resident.module).__name__, "it has nothing to train by gradients"
-                why = why if isinstance(error, RunError) else one_line(error)
+                why = why if isinstance(error, SiloError) else one_line(error)
                 said = f"[method] type = {self.type!r} cannot be trained on {kind}: {why}; choose another type"
                 raise UserError(said) from error
             tuned.tried = True
