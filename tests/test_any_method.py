@@ -21,6 +21,7 @@ from fedtailor.methods.averaging import Averaging, Begin, Train, start, train
 from fedtailor.models import Resident
 from fedtailor.tiny import KINDS
 from fedtailor.tuned import Tensors
+from tiny_runs import PUBLIC
 
 Rated = Callable[[str], dict[str, SiloData]]
 SMALL = {"local_steps": 2, "batch_size": 2, "virtual_tokens": 4, "rank": 2, "projection_size": 8, "calls": 24, "dimensions": 8}
@@ -54,7 +55,7 @@ def made(name: str, projection: bool = False, **more: Any) -> Any:
 
 def ran(base: Resident, data: Mapping[str, SiloData], method: Any, seed: int = 0, **more: Any) -> Report:
     rounds = more.pop("rounds", 3)
-    engine = InProcess(data, {"base": base}, seed=seed, rounds=rounds, **more)
+    engine = InProcess(data, {"base": base}, seed=seed, rounds=rounds, public=PUBLIC, **more)
     experiment = Experiment(
         "any", Data(source="-", template="{x}", answer="x", silo_column="x"), method, rounds=rounds,
         evaluate=Evaluation(max_new_tokens=4),
@@ -91,7 +92,7 @@ def test_three_rounds(
     """It learns, stays finite, answers, leaves the base alone, and does the same again with the same seed only."""
     base, method, rated = resident_of(architecture), made(name, projection), rated_for(architecture)
     before = bits(base)
-    engine = InProcess(rated, {"base": base})
+    engine = InProcess(rated, {"base": base}, public=PUBLIC)
     begun = wire.tensors_of(method.begin(engine.reach(0)))
     report = ran(base, rated, method)
     assert [entry["round"] for entry in report.log] == [0, 1, 2, 3]
@@ -142,7 +143,7 @@ def test_every_trainable_tensor_survives_the_wire(
 ) -> None:
     """State, what is served, and, in the gradient family, what goes down and comes up: bit for bit."""
     base, method, rated = resident_of(architecture), made(name, projection), rated_for(architecture)
-    state = method.begin(InProcess(rated, {"base": base}).reach(0))
+    state = method.begin(InProcess(rated, {"base": base}, public=PUBLIC).reach(0))
     bodies = [state, method.serve(state)]
     if isinstance(method, Averaging):
         silo = Silo("zoo", rated["zoo"], {"base": base}, 3)
@@ -210,7 +211,7 @@ def test_evaluation_opens_what_is_served(
 ) -> None:
     any_resident, rated = resident_of(architecture), rated_for(architecture)
     method = made(name, projection)
-    served = method.serve(method.begin(InProcess(rated, {"base": any_resident}).reach(0)))
+    served = method.serve(method.begin(InProcess(rated, {"base": any_resident}, public=PUBLIC).reach(0)))
     counts = evaluate(Silo("zoo", rated["zoo"], {"base": any_resident}, 0), Evaluate(served, "test", 4))
     assert counts.rows == 3
     assert sum(map(sum, counts.confusion)) == 3

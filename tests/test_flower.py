@@ -46,6 +46,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedtai
 pytestmark = pytest.mark.engines
 
 from fedtailor.engines.flower import COMMANDS, Flower, _flwr, serve_server  # noqa: E402
+from tiny_runs import PUBLIC  # noqa: E402
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
 SILOS = ("cafe", "clinic", "shop")
@@ -130,8 +131,9 @@ def test_the_same_tensors_whatever_the_method(flower: Flower) -> None:
     methods = [name for name, kind in find.methods().items() if "causal" in getattr(kind, "FOR", ("causal",))]
     spec = asked("prefix")
     silos, base = rows.load(spec.data, spec.silo, 0).silos, models.load(spec.model)
-    local = InProcess(silos, {"base": base}, rounds=len(methods))
-    remote = Remote(flower, Open("methods", 0, spec.data, spec.model, spec.silo, 1), rounds=len(methods), deadline=300.0)
+    local = InProcess(silos, {"base": base}, rounds=len(methods), public=PUBLIC)
+    opening, mine = Open("methods", 0, spec.data, spec.model, spec.silo, 1), {"public": PUBLIC, "models": {"base": base}}
+    remote = Remote(flower, opening, rounds=len(methods), deadline=300.0, **mine)
     for number, name in enumerate(methods, 1):
         method = asked(name).method
         begun = method.begin(local.reach(0))

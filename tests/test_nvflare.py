@@ -31,7 +31,7 @@ from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.errors import UserError
 from flares import SILOS, Federation, all_answer, hello, listening, worker_at
-from tiny_runs import kept
+from tiny_runs import PUBLIC, kept
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedtailor[nvflare]'")
 pytestmark = pytest.mark.engines
@@ -55,7 +55,8 @@ class Case:
         self.runs += 1
         run = f"{type(self.spec.method).__name__}-{self.spec.rounds}-{self.runs}"
         opening = Open(run, 0, self.spec.data, self.spec.model, self.spec.silo, 1)
-        remote = Remote(flare, opening, rounds=self.spec.rounds, deadline=120.0)
+        mine: Any = {"public": PUBLIC, "models": {"base": models.load(self.spec.model)}}
+        remote = Remote(flare, opening, rounds=self.spec.rounds, deadline=120.0, **mine)
         return wire.pack(experiment.run(self.spec, remote).state), remote
 
 
@@ -64,7 +65,7 @@ def case(*sets: str) -> Case:
     spec = experiment.load(TINY, [*kept(sets), *sets])
     silos = rows.load(spec.data, spec.silo, 0).silos
     assert tuple(sorted(silos)) == SILOS
-    local = InProcess(silos, {"base": models.load(spec.model)}, rounds=spec.rounds, run="local")
+    local = InProcess(silos, {"base": models.load(spec.model)}, rounds=spec.rounds, run="local", public=PUBLIC)
     return Case(spec, wire.pack(experiment.run(spec, local).state))
 
 

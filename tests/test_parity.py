@@ -26,7 +26,7 @@ from fedtailor.engines.in_process import InProcess
 from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.models import Resident
-from tiny_runs import kept
+from tiny_runs import PUBLIC, kept
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
 SILOS = ("cafe", "clinic", "shop")
@@ -82,11 +82,12 @@ def asked(*sets: str) -> experiment.Experiment:
 
 def here(one: experiment.Experiment) -> Any:
     silos = data.load(one.data, one.silo, 0).silos
-    return experiment.run(one, InProcess(silos, {"base": models.load(one.model)}, rounds=one.rounds))
+    return experiment.run(one, InProcess(silos, {"base": models.load(one.model)}, rounds=one.rounds, public=PUBLIC))
 
 
 def afar(one: experiment.Experiment, federation: Federation, run: str) -> tuple[Any, Remote]:
-    engine = Remote(federation.sockets, Open(run, 0, one.data, one.model, one.silo, 1), rounds=one.rounds)
+    mine: Any = {"public": PUBLIC, "models": {"base": models.load(one.model)}}
+    engine = Remote(federation.sockets, Open(run, 0, one.data, one.model, one.silo, 1), rounds=one.rounds, **mine)
     return experiment.run(one, engine), engine
 
 

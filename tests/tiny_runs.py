@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtailor import experiment, find, runs
+from fedtailor.data import Row, SiloData
 from fedtailor.experiment import Experiment
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -16,6 +17,14 @@ ONE_THREAD = "engine.threads=1"
 
 
 FEDERATED = 'rows=["federated"]'
+
+
+PUBLIC = SiloData(
+    tuple(Row(f"The {thing} was {how}.\nSentiment:", answer, f"{thing}-{how}") for thing in ("lamp", "green boat", "road to the sea")
+          for how, answer in (("dull", "bad"), ("lovely", "good"))),
+    (), (), ("bad", "good"),
+)  # fmt: skip
+"""What a server may hold for methods that ask about public rows."""
 
 
 def kept(sets: Sequence[str]) -> list[str]:

@@ -59,6 +59,7 @@ class Ask(Protocol):
     silos: tuple[str, ...]  # whom it reaches: this round's sample
     round: int  # 1-based; 0 before the first and after the last
     rounds: int  # how many are planned, for schedules
+    here: Silo  # the server itself: public rows as .train, its residents; it remembers by the method's state alone
 
     def __call__(
         self, work: Asked[Down, Up], body: Down, *, to: To = None, deadline: Wait = None
@@ -81,8 +82,7 @@ def in_silo(work: Any = None, *, cohort: Callable[..., Any] | None = None, memor
     def mark(function: Work) -> Work:
         if "." in function.__qualname__:  # a method, or a function inside one ("<locals>.")
             raise TypeError(f"in_silo: {function.__qualname__} must be a module-level function, to be found by name")
-        function.__in_silo__ = True  # type: ignore[attr-defined]
-        function.__cohort__, function.__memory__ = cohort, memory  # type: ignore[attr-defined]
+        function.__in_silo__, function.__cohort__, function.__memory__ = True, cohort, memory  # type: ignore[attr-defined]
         return function
 
     return mark if work is None else mark(work)
@@ -100,6 +100,6 @@ class Method(Protocol[State]):
     def begin(self, ask: Ask) -> State: ...
     def round(self, state: State, ask: Ask) -> State: ...  # may ask zero, one or many times
     def serve(self, state: State) -> Served: ...
-    def pooled(self, silos: int) -> Method[State]:
+    def pooled(self, silos: int) -> Method[Any]:
         """This method as one silo doing the work of `silos` of them: the centralized baseline."""
         return self

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -65,6 +66,9 @@ class Data:
     max_train: Positive | None = None  # rows per silo; the same choice whatever the order of the source
     max_val: Positive | None = None
     max_test: Positive | None = None
+    public: str = ""  # rows that the server holds, in columns as the silos': a demo set, file or hub id, as `source`
+    public_fraction: Fraction = 0.0  # or so many training rows, held out of every silo, without their answers; in process only
+    max_public: Positive | None = None
 
     def __post_init__(self) -> None:
         said = [name for name in ("answer", "label", "messages") if getattr(self, name)]
@@ -85,9 +89,12 @@ class Data:
         if self.labels and len(set(self.labels)) < max(2, len(self.labels)):
             raise ValueError(f"labels must be two or more different words, not {list(self.labels)}")
         self._check_silos()
-        if self.val_fraction + self.test_fraction >= 1:
+        if self.public and self.public_fraction:
+            raise ValueError("public names the server's rows, public_fraction holds out the silos'; remove one of them")
+        if self.val_fraction + self.test_fraction + self.public_fraction >= 1:
+            public = f", public_fraction {self.public_fraction}" if self.public_fraction else ""
             raise ValueError(
-                f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave no row to train on; "
+                f"val_fraction {self.val_fraction}, test_fraction {self.test_fraction}{public} leave no row to train on; "
                 f"their sum must be below 1"
             )
 
@@ -113,6 +120,7 @@ class Loaded:
     silos: dict[str, SiloData]  # sorted by name
     sha256: str  # of all that is in `silos` but the settings
     dropped: dict[str, int]  # by silo: rows with more than max_words words
+    public: tuple[Row, ...] = ()  # the server's; an answer may be "", where there is none
 
 
 def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owner: str = "") -> Loaded:
@@ -142,10 +150,13 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
     own = {name: _own(data, name, overrides.get(name, {}), table) for name in sorted(members)}
     labels = data.labels or _label_words(table, own, members)
     silos, dropped = {}, {}
+    held: list[Row] = []
     for name, mine in own.items():
-        parts: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
+        parts: dict[str, list[Row]] = {"train": [], "val": [], "test": [], "public": []}
         for index in members[name]:
             parts[split(mine, index)].append(rows.make(mine, labels, table, index, name))
+        free = [row for row in parts.pop("public") if not mine.max_words or row.words() <= mine.max_words]
+        held += [replace(row, answer="", id="") for row in free]
         found = {part: len(many) for part, many in parts.items()}
         if mine.max_words:
             parts = {part: [row for row in many if row.words() <= mine.max_words] for part, many in parts.items()}
@@ -161,7 +172,23 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
                 f"[data] source {table.name}: no silo has a row in {part}; add rows, or raise {part}_fraction (now "
                 f"{fraction}), or set it to 0 to go without"
             )
-    return Loaded(silos, sha256(silos), dropped)
+    public = _choose(held, data.max_public, seed, "public") if held else known_to_all(data, labels, seed)
+    whole = rows.digest(sha256(silos), [rows.plain(row) for row in public]) if public else sha256(silos)
+    return Loaded(silos, whole, dropped, public)
+
+
+def known_to_all(data: Data, labels: tuple[str, ...], seed: int) -> tuple[Row, ...]:
+    """The rows of `data.public`. A column of answers may be missing: then they have none."""
+    if not data.public:
+        return ()
+    table = sources.read(data.public, config="", revision="", split_column="")
+    answered = all(column in table.columns for column in (data.label or data.answer or data.messages,))
+    if errors := [e for e in rows.lacking("[data] public", data, table) if answered or "template" in e or "image" in e]:
+        raise UserError("\n".join(errors))
+    if not answered and data.messages:
+        raise UserError(f"[data] public: {table.name} has no column {data.messages!r}, which holds the turns")
+    many = [rows.make(data, labels, table, i, "public", answered) for i in range(len(table.rows))]
+    return _choose(many, data.max_public, seed, "public")
 
 
 def _splitter(data: Data, table: Table) -> Callable[[Data, int], str]:
@@ -174,7 +201,9 @@ def _splitter(data: Data, table: Table) -> Callable[[Data, int], str]:
         if said and said[index] != "train":
             return said[index]
         place = int(hashlib.sha256(rows.content(mine, table, index).encode()).hexdigest()[:12], 16) / 16**12
-        return "test" if place < test else "val" if place < test + val else "train"
+        parts = (("test", test), ("val", val), ("public", data.public_fraction))
+        ends = accumulate(share for _, share in parts)
+        return next((part for (part, _), end in zip(parts, ends, strict=True) if place < end), "train")
 
     return split
 

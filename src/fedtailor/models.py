@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from fedtailor import added, images
+from fedtailor import added, images, shallow
 from fedtailor.before import Before
 from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.packaged import PACKAGED, folder
@@ -37,6 +38,7 @@ class Base:
     name: str = "smollm2-135m"  # a packaged model, a local folder, a hub id, or "tiny": random weights, for trying
     dtype: Dtype = "auto"  # auto: bfloat16 where the processor computes in it, else float32
     revision: str | None = None  # of a hub id
+    layers: Annotated[int, Field(ge=1)] | None = None  # so many of its layers, evenly spaced, make a smaller base; None: all
 
 
 @dataclass
@@ -173,12 +175,12 @@ class Resident:
 
 def load(base: Base) -> Resident:
     """The resident of this source, revision and dtype: loaded the first time, the same object afterwards."""
-    return _load(base.name, best_dtype() if base.dtype == "auto" else base.dtype, base.revision)
+    return _load(base.name, best_dtype() if base.dtype == "auto" else base.dtype, base.revision, base.layers)
 
 
 def fresh(base: Base) -> Resident:
     """The same base read once more, in fp32, for its reader to change."""
-    return _load.__wrapped__(base.name, "float32", base.revision)
+    return _load.__wrapped__(base.name, "float32", base.revision, base.layers)
 
 
 def loads() -> int:
@@ -195,7 +197,7 @@ def best_dtype() -> Literal["float32", "bfloat16"]:
 
 
 @cache
-def _load(name: str, dtype: str, revision: str | None) -> Resident:
+def _load(name: str, dtype: str, revision: str | None, layers: int | None) -> Resident:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -206,6 +208,8 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
         return tiny(dtype)
     source = str(folder(name)) if name in PACKAGED else name
     try:
+        if layers is not None:
+            source, revision = str(shallow.folder(source, revision, layers)), None
         config = AutoConfig.from_pretrained(source, revision=revision)
         causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
         kind: Kind = "seq2seq" if config.is_encoder_decoder else "causal" if causal else "encoder"
@@ -225,6 +229,8 @@ def _load(name: str, dtype: str, revision: str | None) -> Resident:
     except ImportError as error:
         more = "; pip install 'fedtailor[quantized]'" if "bitsandbytes" in str(error) else ""
         raise UserError(f"[model] name = {name!r}: it needs a package that is not here: {_first_line(error)}{more}") from error
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many kinds for a missing, damaged or foreign model
         known = {*PACKAGED, "tiny"}
         where = (

@@ -38,7 +38,10 @@ def kept_afar(experiment: Experiment, silos: Sequence[str]) -> rows_of.Loaded:
     labels = experiment.data.labels
     if experiment.data.label and not labels:
         raise UserError("[data] labels: over a federation no one reads all rows, so write the label words into the experiment")
-    return rows_of.Loaded({name: SiloData((), (), (), labels) for name in silos}, "", {})
+    if experiment.data.public_fraction:
+        raise UserError("[data] public_fraction holds out rows of one table: over a federation name the server's with public")
+    public = rows_of.known_to_all(experiment.data, labels, experiment.seeds[0])
+    return rows_of.Loaded({name: SiloData((), (), (), labels) for name in silos}, "", {}, public)
 
 
 def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loaded:
@@ -62,6 +65,8 @@ def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loade
         _measurable(experiment, bool(experiment.data.label))
     except UserError as error:
         errors.append(str(error))
+    if loaded is not None and getattr(experiment.method, "PUBLIC", False) and not loaded.public:
+        errors.append("[data] the method needs rows that the server may hold: set public to a file, or public_fraction")
     errors += _never_warm(experiment)
     if errors or loaded is None:
         raise UserError("\n".join(errors))

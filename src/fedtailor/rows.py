@@ -111,8 +111,8 @@ def content(data: Data, table: Table, index: int) -> str:
     )
 
 
-def make(data: Data, labels: tuple[str, ...], table: Table, index: int, silo: str) -> Row:
-    """`labels` matters for classification only. Raises UserError, with the row's place."""
+def make(data: Data, labels: tuple[str, ...], table: Table, index: int, silo: str, answered: bool = True) -> Row:
+    """`labels` matters for classification only. Without `answered` the answer is "". Raises UserError, with the row's place."""
     image, frame = _image(data, table, index) if data.image else None, (0, 0)
     if data.messages:
         *before, last = _turns(data, table, index)
@@ -121,7 +121,7 @@ def make(data: Data, labels: tuple[str, ...], table: Table, index: int, silo: st
         messages = ()
         values = {c: str(value(c, table, index)) for c in columns(data.template)}
         prompt, frame = filled(data.template, values) if data.template else ("", frame)
-        answer = (
+        answer = "" if not answered else (
             _label(data.label, labels, table, index, silo) if data.label else word(data.answer, table, index, "answer")
         )
     given = table.rows[index].get("id")

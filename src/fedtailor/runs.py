@@ -60,7 +60,7 @@ class Run:
                 self._same_data(seed, loaded.sha256)
                 here = self.folder if len(seeds) == 1 else self.folder / f"seed-{seed}"
                 before = [self.folder / f"seed-{s}" for s in seeds[: seeds.index(seed)]]
-                one = Seed(self, seed, here, resident, loaded.silos, before)
+                one = Seed(self, seed, here, resident, loaded.silos, before, loaded.public)
                 results[seed] = one.conduct()
                 environment = self._environment(resident, loaded.sha256)
                 if len(seeds) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedtailor import baselines, loaders, models, paired, peak, progress, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
-from fedtailor.data import SiloData
+from fedtailor.data import Row, SiloData
 from fedtailor.engines.in_process import InProcess
 from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
@@ -40,6 +40,7 @@ class Seed:
     resident: models.Resident
     data: dict[str, SiloData]
     before: Sequence[Path]  # folders of earlier seeds: rows that no seed can change are taken from there
+    public: tuple[Row, ...] = ()  # the server's own
 
     def conduct(self) -> dict[str, Any]:
         experiment = self.run.experiment
@@ -139,11 +140,12 @@ class Seed:
         return paired.ask_all(ask, mine, {row: wire.read_file(file) for row, file in served.items()})
 
     def _trained(
-        self, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False
-    ) -> dict[str, Any]:
+        self, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False,
+        base: models.Resident | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """A row that trains over `data` and is tested on every silo's test rows."""
         experiment = self.run.experiment
-        engine = self._engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated)
+        engine = self._engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated, base=base)
         report = run(experiment, engine, Generations(folder), method, self.seed)
         if federated:
             wire.write_bytes(self.folder / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes())
@@ -151,7 +153,11 @@ class Seed:
         elif hasattr(method, "hand_written"):
             self._kept(folder, report.served)
         began = time.perf_counter()
-        found, traffic, rejected = self._tested(report.served)
+        found, traffic, rejected = self._tested(report.served, base)
+        own = {}
+        if federated and hasattr(method, "own"):
+            asked = engine.reach(experiment.rounds + 1, disturbed=False)
+            own = {"own": scoring.summary(method.own(asked, "test", experiment.evaluate.max_new_tokens))}
         sums = {name: sum(entry.get(name, 0) for entry in report.log) for name in ADDED}
         sums["evaluation_seconds"] += time.perf_counter() - began
         sums["evaluation_bytes_up"] += traffic[0]
@@ -164,7 +170,7 @@ class Seed:
             **scoring.summary(found), **sums, "peak_memory_mb": peak.megabytes(),
             "trained_parameters": sum(t.numel() for t in tensors.values()),
             "best_round": report.best_round, "rounds": experiment.rounds, "rejected": _counted(report.log) | rejected,
-            "samples": self._samples(report.served), **_told(report),
+            "samples": self._samples(report.served, base), **own, **_told(report),
         }  # fmt: skip
 
     def _alone(self) -> dict[str, Any]:
@@ -179,9 +185,12 @@ class Seed:
             file = folder / "row.json"
             if not file.exists():
                 progress.line(f"alone: {silo} ...")
-                method = self.run.experiment.method_of("alone")
+                method, data, base = self.run.experiment.method_of("alone"), baselines.alone(self.data, silo), None
+                if hasattr(method, "solo"):
+                    method, base = method.solo(self.data[silo].settings)
+                    data = {silo: replace(data[silo], settings={})}
                 try:
-                    write_json(file, self._trained(folder, baselines.alone(self.data, silo), method))
+                    write_json(file, self._trained(folder, data, method, base=base and models.load(base)))
                 except RunError as error:
                     progress.line(f"alone: {error}")
                     rejected[f"{silo}: {error}"] = 1
@@ -216,9 +225,14 @@ class Seed:
             "rejected": rejected, "samples": first["samples"],
         }  # fmt: skip
 
-    def _engine(self, data: Mapping[str, SiloData], rounds: int, name: str, disturbed: bool) -> InProcess | Remote:
+    def _engine(
+        self, data: Mapping[str, SiloData], rounds: int, name: str, disturbed: bool, base: models.Resident | None = None
+    ) -> InProcess | Remote:
         experiment = self.run.experiment
-        more: dict[str, Any] = {"faults": experiment.faults} if disturbed else {}
+        labels = next((rows.labels for rows in data.values() if rows.labels), ())
+        more: dict[str, Any] = {"public": SiloData(self.public, (), (), labels)}
+        if disturbed:
+            more["faults"] = experiment.faults
         if experiment.engine.record and disturbed:
             more["record"] = Recorder(self.folder / "messages")
         if self.run.courier is not None:
@@ -229,19 +243,21 @@ class Seed:
             return Remote(
                 self.run.courier, opening, rounds, experiment.engine.deadline, experiment.engine.minimum,
                 experiment.engine.patience, self.resident.sha256, self.resident.tokenizer_sha256, self.folder / "spool",
-                **more,
+                models={"base": self.resident}, **more,
             )  # fmt: skip
         return InProcess(
-            data, {"base": self.resident}, seed=self.seed, rounds=rounds, run=f"{name}/{self.seed}",
+            data, {"base": base or self.resident}, seed=self.seed, rounds=rounds, run=f"{name}/{self.seed}",
             cohort=experiment.engine.cohort, plan=dict(self.run.plan["cohort"]), on_plan=self.run.planned, **more,
         )  # fmt: skip
 
-    def _tested(self, served: Any) -> tuple[dict[str, scoring.Counts], tuple[int, int], dict[str, int]]:
+    def _tested(
+        self, served: Any, base: models.Resident | None = None
+    ) -> tuple[dict[str, scoring.Counts], tuple[int, int], dict[str, int]]:
         """Counts per silo on the test rows: read once, here. Then bytes up and down, and which silos are missing, and why."""
         tested = {name: rows for name, rows in self.data.items() if rows.test or self.run.courier}
         if not tested:
             return {}, (0, 0), {}
-        engine = self._engine(tested, 0, "test", disturbed=False)
+        engine = self._engine(tested, 0, "test", disturbed=False, base=base)
         body = Evaluate(served, "test", self.run.experiment.evaluate.max_new_tokens)
         found = scoring.ask_all(engine.reach(0, disturbed=False), body)
         if engine.rejected and not self.run.courier:
@@ -253,10 +269,10 @@ class Seed:
             progress.line(told)
         return found, engine.traffic.take(), missing
 
-    def _samples(self, served: Any) -> Sequence[dict[str, str]]:
+    def _samples(self, served: Any, base: models.Resident | None = None) -> Sequence[dict[str, str]]:
         settings = self.run.experiment.evaluate
         return baselines.samples(
-            served.open({"base": self.resident}), self.data, settings.samples, settings.max_new_tokens
+            served.open({"base": base or self.resident}), self.data, settings.samples, settings.max_new_tokens
         )
 
     def _export(self, method: Any, report: Report) -> None:

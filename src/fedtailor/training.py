@@ -81,11 +81,14 @@ def train(
     fixed: Mapping[str, Tensor] | None = None,
     drift: Sequence[Mapping[str, Tensor]] = (),
     neutral: Mapping[str, Tensor] | None = None,
+    drawn: Sequence[Sequence[Sequence[Any]]] | None = None,
 ) -> Outcome:
     """`len(how.lrs)` steps for each of the silos (rows, seed) from the same start. `moments`: one per silo, may be empty.
 
     `fixed`: tensors that are used and not trained (`tuned.joined`). `drift`: one per silo, added to each of its gradients
     (SCAFFOLD); then the mean gradient is in the outcome. `neutral`: what weight decay pulls to; 0 where nothing is said.
+
+    `drawn`: for each silo the batches of its steps, in place of `draw`'s; then `tuned` may be whatever has their `losses`.
 
     One silo takes the plain step; several take the cohort step. A silo whose loss stops being finite is named in
     `failed`; the others are not touched by it.
@@ -97,7 +100,7 @@ def train(
     }
     anchor = {n: t.to(device) for n, t in start.items()} if how.prox else {}
     state = _moments(tensors, moments, how)
-    drawn = [draw(resident, data, how, seed, tuned.shift) for data, seed in silos]
+    drawn = [draw(resident, data, how, seed, tuned.shift) for data, seed in silos] if drawn is None else drawn
     gradient = _plain if count == 1 else _cohort
     still = {n: t.to(device) for n, t in (fixed or {}).items()}
     calm = {n: t.to(device) for n, t in (neutral or {}).items()}

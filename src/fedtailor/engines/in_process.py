@@ -39,6 +39,7 @@ class InProcess:
     plan: dict[str, int] = field(default_factory=dict)  # work -> cohort size
     on_plan: Callable[[dict[str, int]], None] = lambda plan: None
     record: Record | None = None
+    public: Any = None  # the server's own rows: `Ask.here.data`
     traffic: Traffic = field(default_factory=Traffic)
     rejected: list[tuple[int, str, str]] = field(default_factory=list)  # round, silo, reason
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedtailor import progress, wire
-from fedtailor.core import Reply, Total
+from fedtailor.core import Reply, Silo, Total
 from fedtailor.engines.desk import Request, seed_of
 from fedtailor.errors import RunError, printable
 from fedtailor.faults import Faults
@@ -53,6 +53,8 @@ class Carrier(Protocol):
     minimum: int  # usable replies without which an exchange fails
     faults: Faults
     rejected: list[tuple[int, str, str]]  # round, silo, reason
+    public: Any  # the server's own rows
+    models: Mapping[str, Any]  # and its residents
 
     def next_index(self, number: int) -> int: ...  # of the ask within its round
     def packed(self, body: Any) -> Packed: ...
@@ -68,6 +70,11 @@ class Reach:
     round: int
     rounds: int
     disturbed: bool
+    here: Silo = field(init=False)
+
+    def __post_init__(self) -> None:
+        seed = seed_of(self.engine.seed, "server", self.round, 0)
+        self.here = Silo("server", self.engine.public, self.engine.models, seed)
 
     def __call__(
         self, work: Any, body: Any, *, to: Sequence[str] | None = None, deadline: float | None = None

@@ -57,6 +57,8 @@ class Remote:
     spool: Path | None = None
     faults: Faults = field(default_factory=Faults)
     record: Record | None = None
+    public: Any = None  # the server's own rows, and its residents: `Ask.here`
+    models: Mapping[str, Any] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
     opened: dict[str, Opened] = field(default_factory=dict)

@@ -1,0 +1,69 @@
+"""How what several silos say of a place becomes one distribution: one function each, found by name.
+
+Each takes `probs` (S, P, C), of S silos at P places over C outcomes; `spoken` (S, P), who spoke of which place; and
+`losses` (S,), each silo's mean loss on rows of its own, lower is better. It returns (P, C), each row adding up to 1; of a
+place that nobody spoke of, any.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from fedtailor import find as finding
+from fedtailor.distilling import LEAST, Way
+
+
+def mean(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
+    """Every silo that spoke counts the same (FedMD, FedDF)."""
+    return _weighed(probs, spoken.float())
+
+
+def validation(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
+    """In proportion to exp(-loss): a silo that answers its own rows well is believed more."""
+    return _weighed(probs, spoken.float() * (losses.min() - losses).exp()[:, None])
+
+
+def entropy(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
+    """At each place in proportion to exp(-entropy): a silo that is sure there is believed more."""
+    own = -(probs * probs.clamp(min=LEAST).log()).sum(-1)
+    return _weighed(probs, spoken.float() * (-own).exp())
+
+
+def median(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
+    """The middle one of each outcome, over silos that spoke: fewer than half of them cannot move it out of what others say."""
+    hidden = probs.masked_fill(~spoken[..., None], torch.nan)
+    low, high = hidden.nanquantile(0.5, dim=0, interpolation="lower"), hidden.nanquantile(0.5, dim=0, interpolation="higher")
+    return _normal(((low + high) / 2).nan_to_num(1.0))
+
+
+def trimmed(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
+    """The mean of each outcome without its highest and lowest quarter (rounded up, as long as one is left)."""
+    count = spoken.sum(0)  # (P,)
+    gone = torch.minimum(-(-count // 4), (count - 1).clamp(min=0) // 2)
+    ranked = probs.masked_fill(~spoken[..., None], torch.inf).sort(0).values  # those that did not speak come last
+    rank = torch.arange(len(probs))[:, None]
+    kept = (rank >= gone) & (rank < count - gone)
+    return _normal(ranked.masked_fill(~kept[..., None], 0.0).sum(0) / kept.sum(0).clamp(min=1)[:, None])
+
+
+def find(name: str) -> Way:
+    """The consensus of that name. Raises UserError with the choices."""
+    found: Way = finding.function(__name__, name, "method.consensus", names())
+    return found
+
+
+def names() -> set[str]:
+    return finding.functions(sys.modules[__name__]) - {"find", "names"}
+
+
+def _weighed(probs: Tensor, weights: Tensor) -> Tensor:
+    """(S, P, C), (S, P) -> (P, C)"""
+    return _normal((probs * weights[..., None]).sum(0))
+
+
+def _normal(probs: Tensor) -> Tensor:
+    probs = probs.clamp(min=LEAST)
+    return probs / probs.sum(-1, keepdim=True)
