@@ -213,13 +213,18 @@ def done(folder: Path) -> int:
         ("lora", ["engine.cohort=2"]),
         ("prefix", ["engine.cohort=1"]),
         ("prefix", ["engine.cohort=2", "method.server_optimizer=adam"]),
+        ("distill", ["data.public_fraction=0.2"]),
     ],
 )
 def test_a_run_killed_at_random_moments_ends_in_the_same_tensors(
     method: str, more: Sequence[str], tmp_path: Path
 ) -> None:
-    settings = {"lora": "rank=2", "prefix": "virtual_tokens=3"}[method]
-    table = f"method={{name='{method}', {settings}, local_steps=1, batch_size=2, optimizer_state='keep', lr=0.05}}"
+    training = "local_steps=1, batch_size=2, optimizer_state='keep', lr=0.05"
+    settings = {
+        "lora": f"rank=2, {training}", "prefix": f"virtual_tokens=3, {training}",
+        "distill": f"trainer={{name='lora', rank=2, {training}}}, public_rows=4, digest_steps=1",
+    }[method]  # fmt: skip
+    table = f"method={{name='{method}', {settings}}}"
     one = asked(FEDERATED, table, f"rounds={ROUNDS}", *more)
     one = replace(one, evaluate=replace(one.evaluate, every=5))
     undisturbed = runs.begin(one, tmp_path / "undisturbed", "").conduct()

@@ -20,8 +20,11 @@ FEDERATED = 'rows=["federated"]'
 
 
 PUBLIC = SiloData(
-    tuple(Row(f"The {thing} was {how}.\nSentiment:", answer, f"{thing}-{how}") for thing in ("lamp", "green boat", "road to the sea")
-          for how, answer in (("dull", "bad"), ("lovely", "good"))),
+    tuple(
+        Row(f"The {thing} was {how}.\nSentiment:", answer, f"{thing}-{how}")
+        for thing in ("lamp", "green boat", "road to the sea")
+        for how, answer in (("dull", "bad"), ("lovely", "good"))
+    ),
     (), (), ("bad", "good"),
 )  # fmt: skip
 """What a server may hold for methods that ask about public rows."""

@@ -20,7 +20,7 @@ from fedtailor.errors import SiloError
 
 NONE = -1  # no such token over there
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id")  # of a token with several, the first is meant
-BITS = 120
+BITS = 120  # of a set of letters: with more, fewer letters share one
 
 Span = tuple[int, int]  # the first character, and the one after the last
 
@@ -56,17 +56,18 @@ def places(mine: Sequence[Span], theirs: Sequence[Span]) -> list[int]:
         before = found[-1] if found else 0
         again = j > 0 and begin == theirs[j - 1][0]
         rest = range(max(first, before + again), last + 1)
-        found.append(next((i for i in rest if begin < mine[i][1]), before if again else last))
+        found.append(next((i for i in rest if begin < mine[i][1]), last))
     return found
 
 
 def whole(mine: Sequence[Span], theirs: Sequence[Span]) -> list[bool]:
-    """For each of their tokens, whether that of mine at its place begins at the same character, and for no earlier one.
+    """For each of their tokens, whether that of mine at its place begins at the same character, and is not taken by one before.
 
     Elsewhere what was predicted in mine is about other text: the place is to be left out.
     """
     at = places(mine, theirs)
-    return [mine[i][0] == begin and (j == 0 or at[j - 1] < i) for j, (i, (begin, _)) in enumerate(zip(at, theirs, strict=True))]
+    taken = [False, *((i, a) == (k, b) for i, k, (a, _), (b, _) in zip(at, at[1:], theirs, theirs[1:], strict=False))]
+    return [mine[i][0] == begin and not past for i, (begin, _), past in zip(at, theirs, taken, strict=False)]
 
 
 class Vocabulary:
@@ -99,7 +100,7 @@ class Vocabulary:
         """My ids, int64 of any shape -> theirs, -1 where they have none like it. The same vocabulary: as given.
 
         End, beginning and padding go by their roles; other special tokens have no like. Else by text: the same; one that
-        differs in case or in the leading space only; the nearest by edit distance, see `nearest`.
+        differs in case or in the leading space only, with the same leading space where there is; the nearest, see `nearest`.
         """
         if self.same:
             return token_ids
@@ -187,30 +188,51 @@ def distance(one: str, other: str, most: int) -> int:
 def texts(tokenizer: Any) -> dict[int, str]:
     """The text of each token that is not special, by id: a word's beginning is a leading space.
 
-    Bytes that are no UTF-8 by themselves are lone surrogates, as Python's `surrogateescape` makes them. Tokens that stand
-    for a byte where others stand for text (`<0x41>`) come last.
+    Bytes that are no UTF-8 by themselves are lone surrogates, as Python's `surrogateescape` makes them. Tokens that hardly
+    occur come last: those that stand for a byte where others stand for text (`<0x41>`), signs that go on a word (`##.`).
     """
     from tokenizers import models
 
     backend, added = tokenizer.backend_tokenizer, tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
-    prefix = backend.model.continuing_subword_prefix if isinstance(backend.model, models.WordPiece) else None
+    pieces = backend.model if isinstance(backend.model, models.WordPiece) else None
     alphabet = _alphabet() if "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}" else None
-
-    def text(token: str) -> str:
-        if prefix is not None:
-            return token.removeprefix(prefix) if token.startswith(prefix) else " " + token
-        if alphabet is not None:
-            held = bytes(alphabet[letter] for letter in token) if alphabet.keys() >= set(token) else token.encode()
-        elif byte := _byte(token):
-            held = byte
+    usual: dict[int, str] = {}
+    rare: dict[int, str] = {}
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        known = usual
+        if number in special:
+            continue
+        if number in added:
+            text = token
+        elif pieces is not None:
+            text = token.removeprefix(pieces.continuing_subword_prefix)
+            begins = text == token
+            if len(text) == 1 and _alone(backend, text):
+                known = usual if begins else rare
+            elif begins:
+                text = " " + text
+        elif alphabet is not None:
+            text = _decoded(bytes(alphabet[letter] for letter in token) if alphabet.keys() >= set(token) else token.encode())
+        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            text, known = _decoded(bytes.fromhex(byte[1])), rare
         else:
-            held = token.replace("▁", " ").encode()
-        return held.decode(errors="surrogateescape")
+            text = token.replace("▁", " ")
+        if text:
+            known[number] = text
+    return usual | rare
 
-    ordered = sorted(tokenizer.get_vocab().items(), key=lambda pair: (bool(_byte(pair[0])), pair[1]))
-    found = {number: token if number in added else text(token) for token, number in ordered if number not in special}
-    return {number: text for number, text in found.items() if text}
+
+def _alone(backend: Any, sign: str) -> bool:
+    """Whether it is cut off from a word that it follows, as signs and ideographs are: then it begins none."""
+    said = f"a{sign}"
+    if backend.normalizer is not None:
+        said = backend.normalizer.normalize_str(said)
+    return backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str(said)) > 1
+
+
+def _decoded(held: bytes) -> str:
+    return held.decode(errors="surrogateescape")
 
 
 def _alphabet() -> dict[str, int]:
@@ -218,10 +240,6 @@ def _alphabet() -> dict[str, int]:
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = sorted(set(range(256)) - set(shown))
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-def _byte(token: str) -> bytes:
-    return bytes.fromhex(token[3:5]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else b""
 
 
 def _letters(text: str) -> int:

@@ -205,6 +205,8 @@ def _load(name: str, dtype: str, revision: str | None, layers: int | None) -> Re
     if name == "tiny":
         from fedtailor.tiny import tiny
 
+        if layers is not None:
+            raise UserError("[model] layers: tiny is made with two; leave it out, or choose another base")
         return tiny(dtype)
     source = str(folder(name)) if name in PACKAGED else name
     try:

@@ -103,7 +103,10 @@ class Distill(Method[State]):
             raise UserError('[method] share = "texts": is for answers of free text; labels are told by their probabilities')
         for name, rows in silos.items():
             mine = self.mine(rows.settings)
-            base = mine.base(resident)
+            try:
+                base = mine.base(resident)
+            except UserError as error:
+                raise UserError(str(error).replace("[model]", f"[silo.{name}.model]", 1)) from error
             if base is not resident and base.kind not in self.FOR:
                 raise UserError(f"[silo.{name}] model: {base.source} is a {base.kind} model; choose one of {', '.join(self.FOR)}")
             if base.classifier and not labels:
