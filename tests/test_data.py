@@ -284,3 +284,46 @@ def test_all_rows_may_be_one_owners(tmp_path: Path) -> None:
     found = load(settings_for(source, silo_column="nowhere"), {}, 0, owner="mine").silos
     assert list(found) == ["mine"]
     assert len(found["mine"].train) == 8
+
+
+def test_public_rows_are_held_out_of_every_silo(tmp_path: Path) -> None:
+    """By content, without their answers; what is for validation and test stays what it is without them."""
+    rows = [{"text": f"{silo} says {n}", "mood": ("good", "bad")[n % 2], "silo": silo} for silo in "ab" for n in range(60)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    without, held = (load(settings_for(source, public_fraction=f), {}, 0) for f in (0.0, 0.25))
+    assert without.public == ()
+    assert 15 < len(held.public) < 45
+    assert {row.answer for row in held.public} == {""}
+    taken = {row.prompt for row in held.public}
+    for name, silo in held.silos.items():
+        before = without.silos[name]
+        assert (silo.val, silo.test) == (before.val, before.test)
+        assert silo.train == tuple(row for row in before.train if row.prompt not in taken)
+    assert taken <= {row.prompt for silo in without.silos.values() for row in silo.train}
+    few = load(settings_for(source, public_fraction=0.25, max_public=5), {}, 0)
+    assert len(few.public) == 5
+    assert set(few.public) <= set(held.public)
+    assert few.silos == held.silos
+    assert len({without.sha256, held.sha256, few.sha256}) == 3
+
+
+def test_public_rows_of_a_file_of_their_own(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", split_rows())
+    labelled = write(tmp_path / "labelled.jsonl", [{"text": "all say", "mood": "bad"}])
+    bare = write(tmp_path / "bare.jsonl", [{"text": "all say"}, {"text": "none say"}])
+    (row,) = load(settings_for(source, public=labelled), {}, 0).public
+    assert (row.prompt, row.answer, row.input) == ("all say\nMood:", "bad", "all say")
+    loaded = load(settings_for(source, public=bare), {}, 0)
+    assert [(row.prompt, row.answer) for row in loaded.public] == [("all say\nMood:", ""), ("none say\nMood:", "")]
+    assert loaded.silos == load(settings_for(source), {}, 0).silos
+    lacking = write(tmp_path / "lacking.jsonl", [{"txt": "all say"}])
+    assert "[data] public template: lacking.jsonl has no column 'text'" in problem(settings_for(source, public=lacking))
+
+
+def test_public_rows_are_named_or_held_out(tmp_path: Path) -> None:
+    for more, says in (
+        ({"public": "a.jsonl", "public_fraction": 0.1}, "remove one of them"),
+        ({"val_fraction": 0.4, "test_fraction": 0.3, "public_fraction": 0.3}, "public_fraction 0.3 leave no row to train on"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            settings_for("rows.jsonl", **more)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedtailor import experiment, progress, runs, wire
+from fedtailor import experiment, progress, report, runs, wire
 from fedtailor.data import Row, SiloData, load
 from fedtailor.distilling import NO_IDS, Said
 from fedtailor.engines.in_process import InProcess
@@ -142,7 +142,7 @@ def test_rows_that_nobody_speaks_of_are_left_out(rated: dict[str, SiloData], ber
     assert math.isnan(state.notes["student_loss"])
 
 
-BODY = Study(Distill(**SMALL), PUBLIC.train[:2], 1, 3)
+BODY = Study(Distill(**SMALL), PUBLIC.train[:2], 1, 3, places=2, outcomes=2)
 SOUND = Spoken(Said(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log().half(), NO_IDS), torch.tensor([True, True]), 0.6, 0.7, 9)
 
 
@@ -152,7 +152,9 @@ SOUND = Spoken(Said(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log().half(), NO_IDS)
     ({"said": Said(torch.tensor([[math.nan, -1.0], [-1.0, -1.0]]), NO_IDS)}, "log-probabilities are not finite"),
     ({"said": Said(torch.tensor([[math.nan, -1.0], [-1.0, -1.0]]), NO_IDS), "spoken": torch.tensor([False, True])}, None),
     ({"said": Said(torch.tensor([[-0.1, -0.1], [-1.0, -1.0]]), NO_IDS)}, "probabilities add up to more than 1"),
-    ({"spoken": torch.tensor([True])}, "speaks of 2 places, and says of 1 whether"),
+    ({"spoken": torch.tensor([True])}, "says (2, 2), of (1,) whether: asked (2, 2)"),
+    ({"said": Said(torch.tensor([[-1.0, -1.0]]), NO_IDS)}, "says (1, 2), of (2,) whether: asked (2, 2)"),
+    ({"distance": math.nan}, "a distance of nan"),
 ])  # fmt: skip
 def test_replies_are_checked(more: Mapping[str, Any], told: str | None) -> None:
     found = replace(SOUND, **more).problem(BODY)
@@ -270,3 +272,28 @@ def test_a_round_without_a_usable_reply_is_told(rated: dict[str, SiloData], bert
     data = {name: replace(rows, settings={"trainer": {**TRAINER, "lr": 1e38, "local_steps": 6}}) for name, rows in rated.items()}
     with pytest.raises(RunError, match="no reply of 3 silos could be used"):
         rounds(Distill(**SMALL), engine(data, bert), 1)
+
+
+def test_public_rows_that_the_base_writes(llama: Resident, rated: dict[str, SiloData]) -> None:
+    """They are part of the state: a run that goes on has the same ones."""
+    method = Distill(**SMALL, generated=6, generate="A review: ")
+    assert not method.needs_public
+    one = engine(rated, llama, SiloData((), (), (), ("bad", "good"), {"template": "{text}\nMood:"}))
+    state = rounds(method, one, 2)
+    assert len({row.prompt for row in state.rows}) == 6
+    assert state.known.all()
+    assert 0 < state.notes["public_distance"] <= 1
+    with pytest.raises(ValueError, match="generated and generate go together"):
+        Distill(generated=6)
+    with pytest.raises(UserError, match="choose a causal base, and rows with labels"):
+        method.ready(llama, {name: replace(rows, labels=()) for name, rows in rated.items()})
+
+
+def test_the_report_tells_what_public_rows_were(tmp_path: Path) -> None:
+    one = asked(FEDERATED, "rounds=1", "data.public_fraction=0.3", table())
+    row = runs.begin(one, tmp_path / "run", "a test").conduct()["rows"]["federated"]
+    assert 0 < row["public_distance"] <= 1
+    assert row["declined"] == 0
+    page = report.write(tmp_path / "run").read_text()
+    assert "distance of public rows" in page
+    assert "share declined" in page

@@ -46,11 +46,9 @@ def encode(
     tokenized apart, so the prompt's tokens are the same whatever the answer. Raises SiloError for a row longer than
     the model's context, of which `taken` places are a prefix's.
     """
-    prompts = [texts(resident.tokenizer, row.messages) if row.messages else row.prompt for row in rows]
-    told = [row.answer for row in rows] if answers is None else answers
+    prompts, told = written(resident, rows, answers)
     if resident.kind == "seq2seq":
         return _encode_apart(resident, prompts, told, stop=stop, taken=taken)
-    told = [a if not p or p[-1].isspace() else f" {a}" for p, a in zip(prompts, told, strict=True)]
     take = {"add_special_tokens": False}
     if not rows:
         return []
@@ -72,6 +70,15 @@ def encode(
                 f" is {resident.context}{prefix}"
             )
     return encoded
+
+
+def written(resident: Resident, rows: Sequence[Row], answers: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Prompts and answers as the model reads them; a decoder's answer goes on from its prompt."""
+    prompts = [texts(resident.tokenizer, row.messages) if row.messages else row.prompt for row in rows]
+    told = [row.answer for row in rows] if answers is None else list(answers)
+    if resident.kind != "seq2seq":
+        told = [a if not p or p[-1].isspace() else f" {a}" for p, a in zip(prompts, told, strict=True)]
+    return prompts, told
 
 
 def _encode_apart(

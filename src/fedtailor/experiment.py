@@ -208,7 +208,7 @@ def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Exper
         _set(table, text)
     _other_method(table, written, {text.partition("=")[0].strip() for text in sets})
     _read_lists(table, path.parent)
-    _found_source(table, path.parent)
+    listed.found(table, path.parent)
     if seed is not None:
         table["seeds"] = [seed]
     return parse(table, str(path))
@@ -366,21 +366,6 @@ def _read_lists(table: dict[str, Any], folder: Path) -> None:
     settings = table.get("method")
     if isinstance(settings, dict) and settings.get("name") in find.methods():
         listed.inlined(settings, getattr(find.method(settings["name"]), "FILES", ()), folder)
-
-
-def _found_source(table: dict[str, Any], folder: Path) -> None:
-    """A data file or model folder, relative to here or to the experiment's own folder, by its whole path: a resume
-    finds it from anywhere."""
-    from fedtailor import demo, packaged
-
-    models, none = [*packaged.PACKAGED, "tiny"], list[str]()
-    for part, key, names in (("data", "source", demo.names()), ("model", "name", models), ("method", "secrets", none)):
-        settings = table.get(part)
-        named = settings.get(key) if isinstance(settings, dict) else None
-        if isinstance(settings, dict) and isinstance(named, str) and named not in names:
-            found = next((p for p in (Path(named).expanduser(), folder / named) if p.exists()), None)
-            if found is not None:
-                settings[key] = str(found.resolve())
 
 
 def _set(table: dict[str, Any], text: str) -> None:

@@ -29,7 +29,8 @@ METRICS = {
     "loss": Metric("loss", "lower"), "gap": Metric("exactness gap of the aggregation", "lower"),
 }
 ROWS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "alone": "alone", "alone.own": "alone, own",
-        "hand_written": "best hand-written prompt", "federated": "federated", "noiseless": "federated, without noise",
+        "hand_written": "best hand-written prompt", "federated": "federated",
+        "federated.own": "federated, own models", "noiseless": "federated, without noise",
         "centralized": "centralized"}
 
 
@@ -77,6 +78,8 @@ COSTS = {
     "peak_memory_mb": Cost("memory", lambda mb: size(mb * 1e6) if is_number(mb) else MISSING, "MB"),
     "model_calls": Cost("calls", lambda count: _scaled(count, ("", " k", " M", " G")), "rows scored under one prompt"),
     "epsilon": Cost("epsilon"),
+    "public_distance": Cost("distance of public rows", unit="of 1, Jensen-Shannon divergence of their tokens from the silos'"),
+    "declined": Cost("share declined", unit="of public rows, which silos hold themselves"),
     "trained_parameters": Cost("params", lambda count: _scaled(count, ("", " k", " M", " G")), "parameters"),
 }
 

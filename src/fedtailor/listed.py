@@ -1,4 +1,4 @@
-"""Settings of a method that may be written as the name of a file: a value a line, read once, when the experiment is."""
+"""Settings that name files: lists of a value a line, read once, when the experiment is; rows, models, secrets, by whole path."""
 
 from __future__ import annotations
 
@@ -20,6 +20,22 @@ def inlined(settings: dict[str, Any], names: Sequence[str], folder: Path) -> Non
             if path is None:
                 raise UserError(f"[method] {name} = {given!r}: no such file; write a list, or a file with a value a line")
             settings[name] = _lines(path, name)
+
+
+def found(table: dict[str, Any], folder: Path) -> None:
+    """A data file or model folder, relative to here or to the experiment's own folder, by its whole path: a resume
+    finds it from anywhere."""
+    from fedtailor import demo, packaged
+
+    models, none, rows = [*packaged.PACKAGED, "tiny"], list[str](), demo.names()
+    named_so = (("data", "source", rows), ("data", "public", rows), ("model", "name", models), ("method", "secrets", none))
+    for part, key, names in named_so:
+        settings = table.get(part)
+        named = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and isinstance(named, str) and named not in names:
+            there = next((p for p in (Path(named).expanduser(), folder / named) if p.exists()), None)
+            if there is not None:
+                settings[key] = str(there.resolve())
 
 
 def _lines(path: Path, name: str) -> list[Any]:

@@ -65,7 +65,7 @@ def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loade
         _measurable(experiment, bool(experiment.data.label))
     except UserError as error:
         errors.append(str(error))
-    if loaded is not None and getattr(experiment.method, "PUBLIC", False) and not loaded.public:
+    if loaded is not None and getattr(experiment.method, "needs_public", False) and not loaded.public:
         errors.append("[data] the method needs rows that the server may hold: set public to a file, or public_fraction")
     errors += _never_warm(experiment)
     if errors or loaded is None:

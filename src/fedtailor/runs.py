@@ -135,7 +135,7 @@ class Run:
 
     def _result(self, environment: Mapping[str, Any], seeds: list[int], rows: Mapping[str, Any]) -> dict[str, Any]:
         experiment = as_table(self.experiment)
-        for part, key in (("data", "source"), ("model", "name"), ("method", "secrets")):
+        for part, key in (("data", "source"), ("data", "public"), ("model", "name"), ("method", "secrets")):
             if Path(experiment[part].get(key, "")).is_absolute():  # results are passed on: they need not say where things lie
                 experiment[part][key] = Path(experiment[part][key]).name
         return {

@@ -230,7 +230,7 @@ class Seed:
     ) -> InProcess | Remote:
         experiment = self.run.experiment
         labels = next((rows.labels for rows in data.values() if rows.labels), ())
-        more: dict[str, Any] = {"public": SiloData(self.public, (), (), labels)}
+        more: dict[str, Any] = {"public": SiloData(self.public, (), (), labels, {"template": experiment.data.template})}
         if disturbed:
             more["faults"] = experiment.faults
         if experiment.engine.record and disturbed:
@@ -310,10 +310,13 @@ class Recorder:
         self.count += 1
 
 
+TOLD = ("model_calls", "epsilon", "public_distance", "declined")  # of a round's notes, what is so of the whole run
+
+
 def _told(report: Report) -> dict[str, Any]:
-    """Of a search: calls and epsilon of the whole of it, and the prompt that it found."""
+    """Of a search: calls and epsilon of the whole of it, and the prompt that it found. Of distillation, what public rows were."""
     last = report.log[-1]
-    found: dict[str, Any] = {name: last[name] for name in ("model_calls", "epsilon") if name in last}
+    found: dict[str, Any] = {name: last[name] for name in TOLD if name in last}
     prompt = getattr(report.served, "prompt", None)
     return found if prompt is None else {**found, "prompt": prompt.template}
 

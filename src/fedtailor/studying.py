@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fedtailor import aligning, distilling, training
-from fedtailor.answering import Answers, encode
+from fedtailor.answering import Answers, written
 from fedtailor.core import Ask, Silo, in_silo
 from fedtailor.data import Row, SiloData
 from fedtailor.distilling import NO_IDS, Said
 from fedtailor.errors import SiloError
 from fedtailor.evaluate import Counts, Evaluate, evaluate_many
 from fedtailor.models import Resident
+from fedtailor.proxies import distance
 from fedtailor.tuned import Tensors
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Study:
     heard: Said = field(default_factory=lambda: Said(torch.zeros(0, 0), NO_IDS))  # of `past`
     known: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # of which of its places anyone spoke
     texts: tuple[tuple[Row, ...], ...] = ()  # share = "texts": `past` as each silo answered it
+    places: int = 0  # of `rows`, in the student's tokens
+    outcomes: int = 0  # said of each: the labels, or the likeliest tokens
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,23 @@ class Spoken:
     loss: float  # mean, of training
     val_loss: float  # of validation rows, where consensus = "validation" asks for it; else of training
     rows: int  # trained on this round
+    distance: float = 0.0  # of the public rows from its own, see `proxies.distance`
     texts: tuple[str, ...] = ()  # share = "texts": an answer to each row, "" to one it does not speak of
 
     def problem(self, asked: Study) -> str | None:
         """Why this must not be used, or None."""
         if not (math.isfinite(self.loss) and math.isfinite(self.val_loss)):
             return "a loss is not finite: lower the trainer's lr"
+        if not 0 <= self.distance <= 1:
+            return f"a distance of {self.distance}"
         if asked.method.share == "texts":
             return None if len(self.texts) == len(asked.rows) else f"{len(self.texts)} answers to {len(asked.rows)} rows"
         logp = self.said.logp.float()
-        if len(logp) != len(self.spoken) or logp.dim() != 2 or self.spoken.dtype != torch.bool:
-            return f"speaks of {len(logp)} places, and says of {len(self.spoken)} whether"
+        size = (asked.places, asked.outcomes)
+        if logp.shape != size or self.spoken.shape != size[:1] or self.spoken.dtype != torch.bool:
+            return f"says {tuple(logp.shape)}, of {tuple(self.spoken.shape)} whether: asked {size}"
+        if self.said.ids.shape not in ((0, 0), size):
+            return f"tokens {tuple(self.said.ids.shape)}, asked {size}"
         if not bool(logp[self.spoken].isfinite().all()):
             return "log-probabilities are not finite"
         if bool((logp > 0.01).any()) or bool((logp[self.spoken].exp().sum(1) > 1.02).any()):
@@ -118,15 +127,17 @@ def study(silo: Silo, body: Study) -> Spoken:
     if body.method.consensus == "validation" and silo.data.val:
         counts = _examined(silo, model, "val", 1, generate=False)
         val_loss = counts.nll / max(counts.places, 1)
+    apart = distance(silo.models["base"].tokenizer, body.rows, silo.data.train)
     held = {_content(row) for part in (silo.data.train, silo.data.val, silo.data.test) for row in part}
     free = [_content(row) not in held for row in body.rows]
     if body.method.share == "texts":
         texts = iter(model.generate([row for row, ok in zip(body.rows, free, strict=True) if ok], max_new_tokens=WRITES))
         told = tuple(next(texts) if ok else "" for ok in free)
-        return Spoken(Said(torch.zeros(0, 0), NO_IDS), torch.zeros(0, dtype=torch.bool), done.loss[0], val_loss, seen, told)
+        nothing = Said(torch.zeros(0, 0), NO_IDS)
+        return Spoken(nothing, torch.zeros(0, dtype=torch.bool), done.loss[0], val_loss, seen, apart, told)
     says, spoken = _spoken(mine, silo, model, body.rows, free)
     says = Said(says.logp.clamp(min=-60.0).half(), says.ids)
-    return Spoken(says, spoken, done.loss[0], val_loss, seen)
+    return Spoken(says, spoken, done.loss[0], val_loss, seen, apart)
 
 
 @dataclass(frozen=True)
@@ -230,11 +241,10 @@ def translated(
 
 def _spans(resident: Resident, row: Row) -> list[tuple[int, int]]:
     """Where each token of the row's answer stands in it, and the end."""
-    _, spans = aligning.spans(resident.tokenizer, row.answer)
-    count = len(encode(resident, [row], stop=True)[0].answer) - 1
-    if len(spans) != count:  # the space before an answer may be a token of its own
-        spans = [(0, 0)] * (count - len(spans)) + spans[max(0, len(spans) - count) :]
-    return [*spans, (len(row.answer), len(row.answer))]
+    (answer,) = written(resident, [row])[1]
+    _, spans = aligning.spans(resident.tokenizer, answer)
+    lead = len(answer) - len(row.answer)  # of one model the answer goes on from the prompt, of the other it may not
+    return [*((begin - lead, end - lead) for begin, end in spans), (len(row.answer), len(row.answer))]
 
 
 def _content(row: Row) -> str:

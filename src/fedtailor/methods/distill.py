@@ -8,6 +8,7 @@ and the student may speak, too (FedCoLLM, Fan et al. 2024). Models never leave; 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from fedtailor.evaluate import Counts
 from fedtailor.methods import targets
 from fedtailor.methods.averaging import Adapted, Averaging, Count, Positive, labels_of
 from fedtailor.models import Base, Resident
+from fedtailor.proxies import generated
 from fedtailor.studying import Examine, Meet, Spoken, Study, examine, meet, study
 from fedtailor.tuned import Tensors
 
@@ -44,6 +46,7 @@ class State:
     latest: tuple[int, ...]  # the rows of the last round
     labels: tuple[str, ...]
     order: int
+    rows: tuple[Row, ...] = ()  # that the base wrote; else the server's public rows are asked about
     moments: Tensors = field(default_factory=dict)
     texts: tuple[tuple[int, tuple[str, ...]], ...] = ()  # of row i what silos wrote
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -58,7 +61,6 @@ class Distill(Method[State]):
     """Settings. A trainer is a table as [method] of a method that averages: name, lr, local_steps, ..."""
 
     FOR: ClassVar[tuple[str, ...]] = ("causal", "encoder", "seq2seq")
-    PUBLIC: ClassVar[bool] = True
     PER_SILO: ClassVar[frozenset[str]] = frozenset({"trainer", "model"})
     one_by_one: ClassVar[str] = "each silo may have a model of its own"
     BESIDES: ClassVar[str] = (
@@ -71,6 +73,8 @@ class Distill(Method[State]):
     model: Base | None = None  # a silo's own, in [silo.NAME] model; None: [model], the student's
     student: Mapping[str, Any] = field(default_factory=dict)  # how the server trains the student; {}: as `trainer`
     public_rows: Count = 256  # of a round
+    generated: Annotated[int, Field(ge=0)] = 0  # so many public rows are written by the base, going on with `generate`
+    generate: str = ""  # such as "A review of a film: "
     share: Literal["logits", "texts"] = "logits"
     top: Count = 8  # of text: tokens of each place that leave a silo; of labels all do
     temperature: Positive = 1.0
@@ -82,9 +86,15 @@ class Distill(Method[State]):
     align: bool = False  # of text: silos with another tokenizer translate what they say (FedMKT, Fan et al. 2025)
 
     def __post_init__(self) -> None:
+        if bool(self.generated) != bool(self.generate.strip()):
+            raise ValueError('generated and generate go together: how many rows, and what the base goes on with, as "A review: "')
         self.trains, self.teaches  # noqa: B018  both are checked
         if self.consensus not in consensus.names() and ":" not in self.consensus:
             raise ValueError(f"consensus = {self.consensus!r}: no such function{suggest(self.consensus, consensus.names())}")
+
+    @property
+    def needs_public(self) -> bool:
+        return not self.generated
 
     @property
     def trains(self) -> Averaging:
@@ -99,6 +109,8 @@ class Distill(Method[State]):
         targets.claimed(self, resident)
         labels = max((len(rows.labels) for rows in silos.values()), default=0)
         self.teaches.put_on(resident, labels)
+        if self.generated and (resident.classifier or not labels):
+            raise UserError("[method] generated: texts to tell labels of; choose a causal base, and rows with labels")
         if labels and self.share == "texts":
             raise UserError('[method] share = "texts": is for answers of free text; labels are told by their probabilities')
         for name, rows in silos.items():
@@ -126,8 +138,10 @@ class Distill(Method[State]):
         return resident if self.model is None else models.load(self.model)
 
     def begin(self, ask: Ask) -> State:
-        resident, public = ask.here.models["base"], ask.here.data
-        if not public or not public.train:
+        resident = ask.here.models["base"]
+        wrote = generated(ask.here, self.generated, self.generate) if self.generated else ()
+        public = wrote or (ask.here.data.train if ask.here.data else ())
+        if not public:
             raise UserError("[data] distillation needs public rows: set public to a file, or public_fraction")
         met = [reply.body for reply in ask(meet, Meet(self))]
         labels = met[0].labels
@@ -137,24 +151,25 @@ class Distill(Method[State]):
             progress.line(TEXTS)
         teaches = self.teaches
         tensors = teaches.initial(resident, teaches.put_on(resident, len(labels)), ask.here.seed)
-        counts = [0] * len(public.train)
+        counts = [0] * len(public)
         if self.share == "logits":
-            if not labels and not all(row.answer for row in public.train):
+            if not labels and not all(row.answer for row in public):
                 raise UserError("[data] public: rows of text need answers, at whose tokens silos speak; or share = 'texts'")
-            counts = distilling.places(resident, public.train, labels)
+            counts = distilling.places(resident, public, labels)
         wide = len(labels) or self.top
         heard = Said(torch.zeros(sum(counts), wide), NO_IDS if labels else torch.full((sum(counts), wide), -1, dtype=torch.int32))
         known = torch.zeros(sum(counts), dtype=torch.bool)
-        return State(tensors, tuple(counts), heard, known, (), labels, ask.here.seed)
+        return State(tensors, tuple(counts), heard, known, (), labels, ask.here.seed, wrote)
 
     def round(self, state: State, ask: Ask) -> State:
-        rows = ask.here.data.train
+        rows = state.rows or ask.here.data.train
         chosen = self._chosen(len(rows), state.order, ask.round)
         past = tuple(rows[i] for i in state.latest)
         at = _places(state.counts, state.latest)
         body = Study(
             self, tuple(_bare(rows[i], self.share) for i in chosen), ask.round, ask.rounds, past,
             self._back(state, ask.here, past, at), state.known[at], _retold(state, rows),
+            sum(state.counts[i] for i in chosen), state.heard.logp.shape[1],
         )  # fmt: skip
         replies = [reply.body for reply in ask(study, body)]
         state = self._written(state, chosen, replies) if self.share == "texts" else self._heard(state, chosen, replies)
@@ -163,6 +178,7 @@ class Distill(Method[State]):
         notes = {
             "train_loss": math.fsum(r.loss * r.rows for r in replies) / max(total, 1),
             "student_loss": loss, "student_steps": float(steps), "declined": _declined(replies),
+            "public_distance": statistics.fmean(r.distance for r in replies),
         }  # fmt: skip
         return replace(state, notes=notes, latest=tuple(chosen))
 
@@ -188,7 +204,7 @@ class Distill(Method[State]):
         n, wide = self.public_rows, labels or self.top
         ids = NO_IDS if labels else torch.zeros(n, wide, dtype=torch.int32)
         says = Said(torch.zeros(n, wide, dtype=torch.float16), ids)
-        return Spoken(says, torch.ones(n, dtype=torch.bool), 1.2345678901234567, 1.2345678901234567, 64)
+        return Spoken(says, torch.ones(n, dtype=torch.bool), 1.2345678901234567, 1.2345678901234567, 64, 0.12345678901234567)
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """As the student's trainer does."""
@@ -222,14 +238,11 @@ class Distill(Method[State]):
 
     def _heard(self, state: State, chosen: Sequence[int], replies: Sequence[Spoken]) -> State:
         at = _places(state.counts, chosen)
-        sound = [r for r in replies if r.said.logp.shape == (len(at), state.heard.logp.shape[1])]
-        if not sound:
-            raise RunError("no silo spoke of as many places as there are; is every silo's tokenizer the student's?")
-        losses, spoken = torch.tensor([r.val_loss for r in sound]), torch.stack([r.spoken for r in sound])
+        losses, spoken = torch.tensor([r.val_loss for r in replies]), torch.stack([r.spoken for r in replies])
         way = consensus.find(self.consensus)
-        whole, known = distilling.united([r.said for r in sound], self.top, way, spoken, losses)
+        whole, known = distilling.united([r.said for r in replies], self.top, way, spoken, losses)
         logp, ids, all_known = state.heard.logp.clone(), state.heard.ids.clone(), state.known.clone()
-        logp[at], all_known[at] = whole.logp, known | state.known[at]
+        all_known[at] = known | state.known[at]
         logp[at] = torch.where(known[:, None], whole.logp, state.heard.logp[at])  # nobody spoke this time: what is known stays
         if ids.numel():
             ids[at] = torch.where(known[:, None], whole.ids, state.heard.ids[at])
@@ -243,7 +256,7 @@ class Distill(Method[State]):
 
     def _taught(self, state: State, ask: Ask) -> tuple[State, float, int]:
         """The student after its steps of this round; their mean loss, and how many they were."""
-        resident, rows, seed = ask.here.models["base"], ask.here.data.train, ask.here.seed
+        resident, rows, seed = ask.here.models["base"], state.rows or ask.here.data.train, ask.here.seed
         teaches = self.teaches
         pupil = self.pupil(resident, teaches, state.labels)
         how = teaches.local(teaches.lrs(ask.round, ask.rounds))
