@@ -162,3 +162,16 @@ def test_what_two_silos_say_of_labels_as_one() -> None:
     whole, known = united([one, other], 8, consensus.mean, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2))
     assert whole.logp.exp()[0].tolist() == pytest.approx([0.7, 0.3], abs=1e-3)
     assert known.tolist() == [True]
+
+
+@given(st.sampled_from(sorted(consensus.names())), st.booleans())
+def test_what_a_silo_does_not_speak_of_changes_nothing(name: str, text: bool) -> None:
+    ids = torch.tensor([[5, 7], [1, 2]], dtype=torch.int32) if text else NO_IDS
+    one = Said(logs([0.5, 0.5], [0.6, 0.4]), ids)
+    spoken = torch.tensor([[True, True], [True, False]])
+    found = []
+    for rubbish in ([math.nan, math.nan], [0.0, 1.0]):
+        other = Said(torch.cat([logs([0.7, 0.3]), torch.tensor([rubbish]).log()]), ids)
+        found.append(united([one, other], 2, consensus.find(name), spoken, torch.tensor([0.5, 0.6]))[0])
+    assert torch.allclose(found[0].logp, found[1].logp)
+    assert bool(found[0].logp.isfinite().all())

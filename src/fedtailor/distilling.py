@@ -212,7 +212,9 @@ def united(heard: Sequence[Said], top: int, way: Way, spoken: Tensor, losses: Te
 
     Of text, each silo has its own likeliest tokens: one that it does not name is in its rest, and counts as 0."""
     if not heard[0].ids.numel():
-        return Said(way(torch.stack([one.whole().exp() for one in heard]), spoken, losses).log(), heard[0].ids), spoken.any(0)
+        told = torch.stack([one.whole().exp() for one in heard])
+        told = told.masked_fill(~spoken[..., None], 1 / told.shape[-1])  # what a silo does not speak of may be anything
+        return Said(way(told, spoken, losses).log(), heard[0].ids), spoken.any(0)
     every = torch.cat([one.ids.long() for one in heard], 1).sort(1).values  # (P, S k)
     again = torch.cat([torch.zeros_like(every[:, :1], dtype=torch.bool), every[:, 1:] == every[:, :-1]], 1)
     every = every.masked_fill(again, -1)
