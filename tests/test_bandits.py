@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedtailor import bandits
 from fedtailor.errors import UserError
+from fedtailor.privacy import Noise
 from fedtailor.tally import Tally, empty, folded
 from judged import told
 
@@ -36,7 +38,7 @@ class Table:
 
 def level_of(asked: list[int], calls: int, least: int = 1) -> dict[int, int]:
     known = empty(1).grown(len(asked))
-    known.asked[:] = torch.tensor(asked)
+    known.reached[:, 0] = torch.tensor(asked)
     return bandits.leveled(known, range(len(asked)), calls, least)
 
 
@@ -156,3 +158,35 @@ def test_finalists_are_tried_on_the_same_rows() -> None:
     bandits.confirm(table.known, [0, 1, 2], 60, 1, table.attempt)
     assert table.known.asked.tolist()[:3] == [40, 40, 40]
     assert bandits.by_mean(table.known, [5, 0, 1, 2])[-1] == 5
+
+
+class Noisy(Table):
+    """As the silos of such a table would say it under Laplace noise of this scale."""
+
+    def __init__(self, scores: torch.Tensor, scale: float, seed: int) -> None:
+        super().__init__(scores)
+        self.known = empty(scores.shape[1], 2 * scale**2).grown(len(scores))
+        self.noise, self.dice = Noise("laplace", scale, 1.0), random.Random(seed)
+
+    def attempt(self, wants: Mapping[int, int]) -> Tally:
+        self.exchanges += 1
+        replies = []
+        for silo in range(self.scores.shape[1]):
+            some = [self.scores[c, silo, int(self.known.asked[c]) : end] for c, end in wants.items()]
+            sums = self.noise.on(torch.tensor([float(s.sum()) for s in some], dtype=torch.float64), self.dice.getrandbits(32))
+            replies.append((silo, told(sums.tolist(), [], [len(s) for s in some])))
+        self.known = folded(self.known, wants, replies)
+        return self.known
+
+
+def test_under_noise_a_pull_is_as_large_as_its_noise_asks_for() -> None:
+    """4 rows for each unit of its variance: then a row's own variance is no smaller. Else noise chooses the winner."""
+    found = 0
+    for seed in range(40):
+        few = Noisy(bernoulli(seed, 0.8, 0.55), 4.0, seed)  # variance 32
+        winner = bandits.ucb(few.known, range(12), 12 * ROWS // 3, 1, few.attempt)[0]
+        assert few.known.releases is not None
+        pulls = few.known.counts.sum() / few.known.releases.sum()
+        assert float(pulls) >= 30
+        found += winner == seed % 12
+    assert found >= 29  # 25 by pulls as without noise

@@ -15,6 +15,7 @@ from fedtailor import wire
 from fedtailor.core import Silo, in_silo
 from fedtailor.engines.desk import Desk, Request, answer, seed_of
 from fedtailor.errors import SiloError
+from fedtailor.limits import TOLD
 from fedtailor.wire import Failure, WireError
 
 wire.allow(__name__)
@@ -286,3 +287,31 @@ def test_a_commit_of_another_round_forgets_what_an_abandoned_one_left() -> None:
     answer([one], request(5, number=1))  # round 1 is abandoned: the silo is not in its repetition
     assert not one.commit(2)
     assert one.memory == {"n": 1}
+
+
+@in_silo
+def tell(silo: Silo, body: Add) -> Sum:
+    """Adds to what is told for good, and to what is not."""
+    told = silo.memory.get(TOLD, {"n": 0})["n"] + body.amount
+    silo.memory[TOLD] = {"n": told}
+    silo.memory["n"] = silo.memory.get("n", 0) + body.amount
+    if silo.name in body.refusing:
+        raise SiloError("no more")
+    return Sum(told, silo.memory["n"])
+
+
+def test_what_was_told_stays_told_whatever_is_taken_back() -> None:
+    def asked(amount: int, **more: Any) -> tuple[int, int]:
+        (reply,) = told(one, request(amount, work=tell, **more))
+        return reply.total, reply.seed
+
+    one = desk()
+    assert asked(1) == (1, 1)
+    assert asked(1) == (1, 1), "the same request again costs nothing"
+    assert asked(2) == (3, 2), "another body at the same place: the rest is as before it"
+    assert asked(4, number=2) == (7, 4), "round 1 was never committed"
+    assert one.memory == {TOLD: {"n": 7}}, "at once, without a commit"
+    assert told(one, request(8, 1, 2, tell, refusing=("a",))) == [Failure("no more")]
+    assert asked(16, index=1, number=2) == (23, 20), "what it refused to tell costs nothing"
+    one.commit(2)
+    assert one.memory == {TOLD: {"n": 23}, "n": 20}

@@ -85,7 +85,7 @@ def test_a_student_becomes_what_silos_agree_on(rated: dict[str, SiloData], bert:
     heard = last.heard.whole().exp()
     assert last.known.all()
     assert float((found - heard).abs().mean()) < float((0.5 - heard).abs().mean()), "the base says a half to each"
-    assert last.notes["declined"] == 0
+    assert last.notes["declined_share"] == 0
     assert last.notes["student_steps"] == 20
 
 
@@ -127,7 +127,7 @@ def test_a_silo_does_not_speak_of_rows_that_it_holds(rated: dict[str, SiloData],
     state = rounds(method, one, 1)
     assert heard["cafe"].spoken.tolist() == [False, False, True, True]
     assert heard["zoo"].spoken.tolist() == [True] * 4
-    assert state.notes["declined"] == pytest.approx(0.5 / 3)
+    assert state.notes["declined_share"] == pytest.approx(0.5 / 3)
     assert state.known.all()
 
 
@@ -293,7 +293,7 @@ def test_the_report_tells_what_public_rows_were(tmp_path: Path) -> None:
     one = asked(FEDERATED, "rounds=1", "data.public_fraction=0.3", table())
     row = runs.begin(one, tmp_path / "run", "a test").conduct()["rows"]["federated"]
     assert 0 < row["public_distance"] <= 1
-    assert row["declined"] == 0
+    assert row["declined_share"] == 0
     page = report.write(tmp_path / "run").read_text()
     assert "distance of public rows" in page
     assert "share declined" in page

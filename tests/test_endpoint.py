@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 import time
 
 import pytest
@@ -90,6 +93,36 @@ def test_a_server_that_drips() -> None:
         began = time.monotonic()
         assert asked(server.url, timeout=0.3)[0] == "heard: hello"
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("what", [b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_a_server_that_drips_without_an_end_is_left(what: bytes) -> None:
+    """A byte every twentieth of a second, of a header that never ends or of a body of no length."""
+    stopped = threading.Event()
+
+    def drip(listening: socket.socket) -> None:
+        link, _ = listening.accept()
+        with link, contextlib.suppress(OSError):
+            link.sendall(what)
+            while not stopped.wait(0.05):
+                link.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=(listening,))
+        thread.start()
+        began = time.monotonic()
+        try:
+            with pytest.raises(EndpointError, match="1 tries, the last: the answer took too long"):
+                asked(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.4, tries=1)
+            assert time.monotonic() - began < 4
+        finally:
+            stopped.set()
+            thread.join()
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(EndpointError, match="1 tries, the last: Invalid port"):
+        asked("http://127.0.0.1:notaport/v1", tries=1)
 
 
 def test_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

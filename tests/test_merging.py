@@ -64,3 +64,8 @@ def test_own_figures_are_merged_too() -> None:
     merged = merge({i: {"alone": row((0.5, 0.5), own=part)} for i, part in enumerate(own)})["alone"]["own"]
     assert merged["accuracy"]["mean"] == pytest.approx(0.5)
     assert merged["accuracy"]["per_silo"] == pytest.approx({"a": 0.4, "b": 0.6})
+
+
+def test_what_several_seeds_spent_adds_up() -> None:
+    parts = {seed: {"federated": {"epsilon": epsilon}} for seed, epsilon in ((0, 2.0), (1, 3.5))}
+    assert merge(parts)["federated"]["epsilon"] == 5.5

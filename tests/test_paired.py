@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from fedtailor.core import Silo
 from fedtailor.engines.in_process import InProcess
+from fedtailor.errors import SiloError
+from fedtailor.evaluate import Evaluate, evaluate, evaluate_many
+from fedtailor.limits import Limits
 from fedtailor.models import Resident
 from fedtailor.paired import Discordant, Pair, ask_all, compare, difference, over_seeds
 from fedtailor.prompts import Prompt, Prompted
@@ -79,3 +82,16 @@ def test_counts_that_cannot_be_are_refused(apart: tuple[tuple[int, int], ...]) -
     assert Discordant(10, apart).problem(asked) == "more rows apart than there are rows"
     assert Discordant(10, ((4, 6),)).problem(asked) is None
     assert Discordant(10, ((4, 6), (0, 0))).problem(asked) == "compared with 2, asked 1"
+
+
+def test_a_silo_with_fewer_rows_than_its_minimum_counts_none(llama: Resident) -> None:
+    rows = judged(silos=1)["silo-0"]
+    few = Silo("silo-0", replace(rows, limits=Limits(minimum=13)), {"base": llama}, 0)
+    enough = Silo("silo-0", replace(rows, settings={"minimum": 12}), {"base": llama}, 0)
+    asked = Pair(Told((0,)), (Told((1,)),))
+    assert compare(few, asked) == Discordant(0, ((0, 0),))
+    assert compare(enough, asked) == Discordant(12, ((1, 1),))
+    body = Evaluate(Prompted(Prompt("{input}"), LABELS), "val", 4)
+    assert [one.rows for one in evaluate_many([few, enough], body)] == [0, 12]
+    with pytest.raises(SiloError, match="not those of train: ask for val or test"):
+        evaluate(few, replace(body, split="train"))

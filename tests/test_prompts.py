@@ -131,3 +131,17 @@ def test_a_prompt_that_is_too_long_for_a_row_is_told(llama: Resident) -> None:
 def test_a_long_template_is_shown_by_its_beginning() -> None:
     assert shown("{input}\n") == r"'{input}\n'"
     assert len(shown("y" * 100)) == 60
+
+
+@pytest.mark.parametrize("hidden", ["Pro-ject Zi\u00adnc", "pro\u200bject zinc", "PROJECT_ZINC", "p.r.o.j.e.c.t zinc"])
+def test_neither_hyphens_nor_letters_without_a_width_hide_a_secret(hidden: str) -> None:
+    assert holds(Prompt(f"For {hidden}: {{input}}"), ["project zinc"])
+    assert not holds(Prompt("For {input}"), ["project zinc"])
+    assert holds(Prompt("For +++ {input}"), ["+++"]), "without letters it is looked for as it stands"
+    assert not holds(Prompt("For {input}"), ["+++", " "])
+
+
+def test_a_prompt_is_shown_with_its_examples() -> None:
+    assert shown(Prompt("{input}", examples=(("a", "b"),))) == "'{input}' with 1 example"
+    assert shown(Prompt("{input}", examples=(("a", "b"), ("c", "d")))) == "'{input}' with 2 examples"
+    assert shown(Prompt("{input}")) == shown("{input}") == "'{input}'"

@@ -96,6 +96,28 @@ def test_a_list_is_read_line_by_line() -> None:
     assert listed("1. Rate it.\n2) Judge it.\n\n- Say it.\n• \n") == ["Rate it.", "Judge it.", "Say it."]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here are 3 new instructions:\n1. Rate it.\n2. Judge it.",
+        "<think>\nThey want two.\n- Like this?\n</think>\nRate it.\nJudge it.",
+        "**New instructions:**\nRate it.\nJudge it.",
+        "Sure, I can.\n\n- Rate it.\n- Judge it.\n\nTell me which works.",
+        "Rate it.\nJudge it.\n<think>and so on",
+    ],
+)
+def test_chatter_around_a_list_is_none_of_it(text: str) -> None:
+    assert listed(text) == ["Rate it.", "Judge it."]
+    assert listed("Rate the mood:") == ["Rate the mood:"]
+
+
+def test_what_would_be_too_long_for_a_prompt_is_counted_and_not_made() -> None:
+    one, other = Prompt("x" * 12_000 + "\n\n{input}"), Prompt("y\n\n" + "z" * 9_000 + "{input}")
+    found = [crossed([one, other], random.Random(i)) for i in range(30)]
+    assert None in found
+    assert {one, other} <= set(found)
+
+
 def test_the_base_writes_without_rows(llama: Resident, rated: dict[str, SiloData]) -> None:
     blank = SiloData((), (), ())
     body = Write(("Say:", "Tell:"), 0.8)

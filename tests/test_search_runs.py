@@ -12,6 +12,7 @@ import pytest
 from fedtailor import experiment, report, runs, whole, wire
 from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment
+from fedtailor.preparing import prepare
 from tiny_runs import TINY
 
 ROWS = ["zero_shot", "hand_written", "federated", "centralized"]
@@ -118,6 +119,26 @@ def test_noise_is_compared_with_none(tmp_path: Path) -> None:
     assert set(found["federated"]["paired"]) == {"noiseless"}
 
 
+def test_a_limit_bounds_what_is_told_under_noise_and_leaves_the_row_without_it_alone(tmp_path: Path) -> None:
+    one = asked('method.noise="laplace"', "silo.cafe.epsilon=6", rows=["federated", "noiseless"])
+    found = runs.begin(one, tmp_path / "noisy", "a test").conduct()["rows"]
+    assert not any("cafe" in why for row in found.values() for why in row["rejected"])
+    prompt = json.loads((tmp_path / "noisy" / "adapter" / "prompt.json").read_text())
+    assert prompt["noise"] == "laplace"
+    assert set(prompt["scores"]) == {"cafe", "clinic", "shop"}, "of the whole search, whichever round was best"
+
+
+def test_no_row_without_noise_over_a_federation(tmp_path: Path) -> None:
+    one = asked('method.noise="laplace"', rows=["federated", "noiseless", "centralized"])
+    assert runs.Run(one, tmp_path).rows == ["federated", "noiseless", "centralized"]
+    afar: Any = object()
+    assert runs.Run(one, tmp_path, courier=afar).rows == ["federated"]
+    told = prepare(asked('method.noise="laplace"', "silo.cafe.epsilon=6", 'data.labels=["bad", "good"]'), ("cafe", "shop"))[0]
+    assert told.silos["cafe"].settings == {"epsilon": 6.0}
+    with pytest.raises(UserError, match=r"\[silo.cafe\] epsilon = 6: bounds what is told under noise"):
+        prepare(asked("silo.cafe.epsilon=6", 'data.labels=["bad", "good"]'), ("cafe", "shop"))
+
+
 @pytest.mark.parametrize(
     ("sets", "rows", "why"),
     [
@@ -125,6 +146,11 @@ def test_noise_is_compared_with_none(tmp_path: Path) -> None:
         (['method={name="prefix"}'], ["hand_written"], "needs a method that begins with prompts"),
         (['method.prompts=["' + "x" * 600 + '{input}"]'], ["federated"], "tokens, the model's context is 512"),
         (['method.examples=[["a", "lovely"]]'], ["federated"], "answer 'lovely' is no label"),
+        (["silo.cafe.epsilon=1"], ["federated"], r"\[silo.cafe\] epsilon = 1: bounds what is told under noise"),
+        (
+            ["silo.cafe.epsilon=0.1", 'method.noise="laplace"'], ["federated"],
+            r"\[silo.cafe\] epsilon = 0.1: one sum costs 0.889 already; raise it, or lower \[method\] epsilon",
+        ),
         (["method.secrets=none.txt"], ["federated"], "secrets = 'none.txt': cannot be read"),
     ],
 )
@@ -161,3 +187,19 @@ def test_chat_asks_by_the_prompt(searched: tuple[Path, dict[str, Any]], monkeypa
     row = Row(f"The parcel was lovely.{after}", "", frame=(0, len(after)))
     scores = served.open({"base": models.load(asked().model)}).scores([row], served.labels)
     assert out.getvalue().strip() == served.labels[int(scores.argmax())]
+
+
+@pytest.mark.parametrize(
+    ("sets", "why"),
+    [
+        ('method.prompts=["{input}", {template="{input}", wrods=["a"]}]', r"prompts\.1\.wrods: Unexpected keyword argument"),
+        ("method.prompts=[3]", r"prompts\.0: "),
+        ('method.examples=["All was calm."]', r"examples\.0: an example is \[input, answer\], two texts, not 'All was calm.'"),
+        ('method={name="blackbox", dimensions=2000}', "dimensions: .* 1900"),
+        ('method={name="blackbox", population=2}', "population: .* 4"),
+    ],
+)
+def test_a_wrong_setting_is_told_once(sets: str, why: str) -> None:
+    with pytest.raises(UserError, match=why) as told:
+        asked(sets)
+    assert len(str(told.value).splitlines()) == 1

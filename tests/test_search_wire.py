@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ METHODS: dict[str, list[str]] = {
 
 def long_rows(folder: Path) -> Path:
     """Rows of a dozen words and more, as an 8-gram needs."""
-    import json
-
     lines = []
     for i in range(60):
         words = " ".join(f"w{(i * 7 + k * k) % 97}x{k}" for k in range(12 + i % 3))
@@ -30,6 +29,11 @@ def long_rows(folder: Path) -> Path:
     file = folder / "rows.jsonl"
     file.write_text("\n".join(lines))
     return file
+
+
+def escaped(text: str) -> bytes:
+    """As it stands in a message: JSON within the JSON of a header."""
+    return json.dumps(json.dumps(text)[1:-1])[1:-1].encode()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -52,8 +56,8 @@ def test_no_row_is_in_any_message(name: str, tmp_path: Path, tiny_experiment: An
                 checked += 1
                 for joined in (" ".join(words[i : i + WORDS]), "".join(words[i : i + WORDS])):
                     assert joined.encode() not in whole
-            assert row.prompt.encode() not in whole
-            assert row.id.encode() not in whole
+            assert escaped(row.prompt) not in whole
+            assert escaped(row.id) not in whole
     assert checked > 200
 
 
@@ -63,8 +67,11 @@ def test_the_check_can_fail(tmp_path: Path) -> None:
     from fedtailor.proposing import Written
 
     text = long_rows(tmp_path).read_text().splitlines()[0].split('"text": "')[1].split('"')[0]
-    message = wire.pack(Written((f"so: {text}",)))
+    prompt = f'{text}\nMood "of ten":'
+    message = wire.pack(Written((f"so: {prompt}",)))
     assert " ".join(text.split()[2 : 2 + WORDS]).encode() in message
+    assert prompt.encode() not in message, "a line's end crosses as two letters, and that twice"
+    assert escaped(prompt) in message
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from fedtailor.data import Data
 from fedtailor.engines.site import Site, read
 from fedtailor.errors import UserError
+from fedtailor.limits import Limits, of
 from fedtailor.models import Base
 
 ASKED = Data(source="rows.jsonl", template="{text}:", label="mood", labels=("bad", "good"), silo_column="silo")
@@ -86,3 +87,29 @@ def test_all_errors_of_a_file_are_told(tmp_path: Path) -> None:
 def test_a_server_cannot_choose_which_file_a_silo_reads(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source is missing: a silo names its own rows in silo.toml, .* start with --data ROWS"):
         Site("north").rows(shared(tmp_path), {}, 0)
+
+
+def test_its_owners_limits_go_with_its_rows_and_the_stricter_holds(tmp_path: Path) -> None:
+    write(tmp_path / "mine.jsonl", [{"text": f"n {i}", "mood": ("bad", "good")[i % 2]} for i in range(30)])
+    file = tmp_path / "silo.toml"
+    file.write_text('name = "north"\n[data]\nsource = "mine.jsonl"\n[limits]\nminimum = 5\nepsilon = 4.0\ndelta = 1e-6\n')
+    site = read(file)
+    assert site.limits == Limits(5, 4.0, 1e-6)
+    assert of(site.rows(ASKED, {}, 0)) == site.limits
+    assert of(site.rows(ASKED, {"minimum": 7, "epsilon": 9.0}, 0)) == Limits(7, 4.0, 1e-6)
+    assert of(site.rows(ASKED, {"minimum": 2, "epsilon": 1.0}, 0)) == Limits(5, 1.0, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("minimun = 5", r"\[limits\] has no setting 'minimun'; did you mean 'minimum'"),
+        ("minimum = 0", "limits.minimum"),
+        ("epsilon = -1", "limits.epsilon"),
+        ("delta = 1.0", "limits.delta"),
+    ],
+)
+def test_limits_that_cannot_be(tmp_path: Path, line: str, why: str) -> None:
+    (tmp_path / "silo.toml").write_text(f'name = "north"\n[limits]\n{line}\n')
+    with pytest.raises(UserError, match=why):
+        read(tmp_path / "silo.toml")

@@ -101,5 +101,5 @@ def test_a_silo_with_another_tokenizer_takes_part(
         state = method.round(state, one.reach(number))
         one.commit()
     assert one.rejected == []
-    assert state.notes["declined"] > 0, "of places within its tokens it does not speak"
+    assert state.notes["declined_share"] > 0, "of places within its tokens it does not speak"
     assert torch.isfinite(torch.tensor(state.notes["student_loss"]))

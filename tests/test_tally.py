@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -93,3 +94,48 @@ def test_more_candidates_change_nothing_of_the_others() -> None:
     known = two_silos().grown(2)
     assert known.mean().tolist() == [0.5, 1.0, -math.inf, -math.inf]
     assert known.asked.tolist() == [4, 4, 0, 0]
+
+
+def test_each_silo_is_where_it_is() -> None:
+    """Silo 1 misses an exchange: the candidate is behind as long as it is, and silo 0 alone is not."""
+    known = folded(empty(2).grown(1), {0: 8}, [(0, told([4], [4], [8]))])
+    assert known.reached.tolist() == [[8, 0]]
+    assert known.asked.tolist() == [0]
+    assert known.begun([0]).asked.tolist() == [8]
+    known = folded(known, {0: 8}, [(1, told([4], [4], [5]))])
+    assert known.asked.tolist() == [8]
+    assert known.ended.tolist() == [[False, True]]
+    assert known.over.tolist() == [False]
+    assert known.begun([1]).over.tolist() == [True]
+
+
+def test_a_silo_that_would_tell_of_more_rows_is_where_it_was() -> None:
+    declining = replace(told([0], [0], [0]), more=(True,), least=10)
+    known = folded(empty(1).grown(1), {0: 8}, [(0, declining)])
+    assert known.reached.tolist() == [[0]]
+    assert known.over.tolist() == [False]
+    known = folded(known, {0: 10}, [(0, declining)])
+    assert known.reached.tolist() == [[10]], "of so many it says nothing as it has told of them: to go on behind them"
+
+
+def test_a_silo_that_joins_has_tried_nothing() -> None:
+    known = two_silos().begun([0, 1]).joined(1)
+    assert known.counts.tolist() == [[4, 2, 0], [4, 0, 0]]
+    assert known.asked.tolist() == [0, 0]
+    assert known.mean().tolist() == [0.5, 1.0]
+
+
+def test_calls_are_those_of_the_round() -> None:
+    known = two_silos()
+    assert known.spent == 8
+    known = known.begun([1])
+    assert known.spent == 0
+    assert folded(known, {1: 4}, [(1, told([1], [1], [3]))]).spent == 3
+
+
+def test_a_noisy_mean_lies_in_its_interval_and_that_in_the_scores() -> None:
+    known = folded(empty(1, 0.01).grown(2), {0: 4, 1: 4}, [(0, told([8.0, -3.0], [], [4, 4]))])
+    for c, end in ((0, 1.0), (1, 0.0)):
+        mean, low, high, _ = known.interval(c, 0)
+        assert 0 <= low <= mean <= high <= 1
+        assert mean == end

@@ -21,6 +21,9 @@ from fedtailor.engines.site import Site
 from fedtailor.engines.worker import OPEN, Open, Opened, Worker
 from fedtailor.errors import SiloError, UserError
 from fedtailor.packed import LARGE, Spooled, digest
+from fedtailor.privacy import noise
+from fedtailor.prompts import Prompt
+from fedtailor.trying import Try, attempt
 
 wire.allow(__name__)
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -279,3 +282,21 @@ def test_its_socket_is_its_owners_alone(tmp_path: Path) -> None:
         (late,) = sockets.exchange(("cafe",), {"kind": "ask"}, b"", 0.3)
     assert late.lost == "no reply within 0.3 s"
     assert time.monotonic() - began < 3
+
+
+def test_what_a_silo_has_spent_outlives_it_and_no_server_takes_it_back(tmp_path: Path) -> None:
+    """Another prompt at the same place of the same round, again and again, before and after a restart."""
+
+    def tried(worker: Worker, number: int) -> Any:
+        body = Try((Prompt(f"{number} {{input}}"),), ((0, 9),), 7, noise=noise("laplace", 2.0, 1e-5, 2))
+        head = {"kind": "ask", "run": "run", "round": 1, "index": 0, "work": wire.address(attempt), "committed": 0}
+        return wire.unpack(worker.handle(head, wire.pack(body))[1])
+
+    worker = opened(tmp_path)
+    assert tried(worker, 1).epsilon == 1.0
+    assert tried(worker, 2).epsilon == 2.0
+    same = tried(opened(tmp_path), 2)
+    assert same.epsilon == 2.0
+    assert torch.equal(same.sums, tried(worker, 2).sums), "the same request is answered from what is kept, and costs nothing"
+    for again in (worker, opened(tmp_path)):
+        assert "it would spend epsilon = 3 of some row, more than 2" in tried(again, 3).error

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from fedtailor import find as finding
-from fedtailor.tally import Tally
+from fedtailor.tally import UNKNOWN, Tally
 
 Attempt = Callable[[Mapping[int, int]], Tally]  # candidate -> up to which row; higher than there are is all of them
 Bandit = Callable[[Tally, Sequence[int], int, int, Attempt], list[int]]
@@ -50,6 +50,8 @@ def ucb(known: Tally, running: Sequence[int], calls: int, least: int, attempt: A
     ones, as rows are not the same for all."""
     # half of the calls, at most, for the first look at each
     batch = max(least, min(max(PULL, calls // PULLS), calls // (2 * len(running))))
+    # each pull is a sum with noise of its own: one of fewer rows would tell of the noise and not of them
+    batch = max(batch, min(math.ceil(known.noise / UNKNOWN), calls // len(running)))
     while calls >= batch:
         open_ones = [c for c in running if not known.over[c]]
         if not open_ones:
@@ -59,9 +61,10 @@ def ucb(known: Tally, running: Sequence[int], calls: int, least: int, attempt: A
         wide = WIDTH * math.sqrt(math.log(pulls))
         bounds = {c: means[c] + wide * errors[c] if known.counts[c].any() else math.inf for c in open_ones}
         chosen = sorted(open_ones, key=lambda c: (-bounds[c], c))[: max(1, min(TOGETHER, calls // batch))]
-        before = spent(known)
-        known = attempt({c: int(known.asked[c]) + batch for c in chosen})
-        calls -= max(spent(known) - before, 1)
+        before, at = spent(known), known.asked
+        known = attempt({c: int(at[c]) + batch for c in chosen})
+        moved = any(known.asked[c] != at[c] or known.over[c] for c in chosen)
+        calls -= max(spent(known) - before, 1 if moved else batch)
     lower = known.lower().tolist()
     return sorted(running, key=lambda c: (-lower[c], c))
 
@@ -89,8 +92,8 @@ def leveled(known: Tally, running: Sequence[int], calls: int, least: int) -> dic
 
 
 def spent(known: Tally) -> int:
-    """Model calls so far of the silo that made most."""
-    return int(known.counts.sum(0).max()) if known.counts.numel() else 0
+    """Model calls of this round so far, of the silo that made most."""
+    return known.spent
 
 
 def find(name: str) -> Bandit:

@@ -69,6 +69,14 @@ def pooled(data: Mapping[str, SiloData]) -> dict[str, SiloData]:
     return {POOLED: SiloData(train, val, test, _labels(data))}
 
 
+def noiseless(data: Mapping[str, SiloData]) -> dict[str, SiloData]:
+    """All silos as if none asked for noise: to try out what noise costs, where all rows are in this process anyway."""
+    return {
+        name: replace(rows, settings={k: v for k, v in rows.settings.items() if k != "epsilon"})
+        for name, rows in data.items()
+    }
+
+
 def alone(data: Mapping[str, SiloData], silo: str) -> dict[str, SiloData]:
     """One silo, as if the others were not there."""
     return {silo: data[silo]}

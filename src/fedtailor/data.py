@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fedtailor import rows, sources
 from fedtailor.errors import UserError, suggest
+from fedtailor.limits import Limits
 from fedtailor.partition import partition
 from fedtailor.rows import Row as Row
 from fedtailor.sources import Table
@@ -39,6 +40,7 @@ class SiloData:
     test: tuple[Row, ...]
     labels: tuple[str, ...] = ()  # the label words, in order, the same for all silos; empty for generation
     settings: Mapping[str, Any] = field(default_factory=dict)  # method settings that [silo.NAME] overrides
+    limits: Limits = field(default_factory=Limits)  # its owner's
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
             raise UserError(_no_training(name, found, dropped[name], mine.max_words))
         kept = {part: _choose(many, getattr(mine, f"max_{part}"), seed, name) for part, many in parts.items()}
         settings = {key: value for key, value in overrides.get(name, {}).items() if key not in SILO_FIELDS}
-        silos[name] = SiloData(**kept, labels=labels if mine.label else (), settings=settings)
+        shown = labels if mine.label else ()
+        silos[name] = SiloData(kept["train"], kept["val"], kept["test"], labels=shown, settings=settings)
     for part, fraction in (("val", data.val_fraction), ("test", data.test_fraction)):
         if fraction and not any(getattr(silo, part) for silo in silos.values()):
             raise UserError(

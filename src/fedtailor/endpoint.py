@@ -6,10 +6,13 @@ tried again after 1, 2, 4, ... seconds; a 4xx is the caller's mistake, and is no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -81,19 +84,22 @@ def _asked(endpoint: Endpoint, text: str, temperature: float) -> str:
         "model": endpoint.model, "messages": [{"role": "user", "content": text}], "temperature": temperature,
         "max_tokens": endpoint.max_tokens,
     }  # fmt: skip
-    until = time.monotonic() + endpoint.timeout
-    address = f"{endpoint.url.rstrip('/')}/chat/completions"
+    address, deadline = f"{endpoint.url.rstrip('/')}/chat/completions", _Deadline(endpoint.timeout)
     try:
         # what runs on this machine is not reached by the environment's proxy
         proxied = httpx.URL(address).host not in ("127.0.0.1", "localhost", "::1")
         with (
+            deadline,
             httpx.Client(timeout=endpoint.timeout, trust_env=proxied) as client,
-            client.stream("POST", address, json=body, headers=headers) as response,
+            client.stream("POST", address, json=body, headers=headers, extensions={"trace": deadline.seen}) as response,
         ):
-            whole = b"".join(_within(response.iter_bytes(), until))
+            whole = b"".join(_within(response.iter_bytes()))
             status = response.status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _Again(str(error) or type(error).__name__) from error
+        told = "the answer took too long" if deadline.over else str(error) or type(error).__name__
+        raise _Again(told) from error
+    if deadline.over:  # an answer without a length ends where its connection does
+        raise _Again("the answer took too long")
     if status >= 400:
         told = f"HTTP {status}: {whole[:200].decode(errors='replace')}"
         raise _Final(told) if status < 500 and status not in (408, 409, 425, 429) else _Again(told)
@@ -106,13 +112,40 @@ def _asked(endpoint: Endpoint, text: str, temperature: float) -> str:
     return found
 
 
-def _within(pieces: Iterator[bytes], until: float) -> Iterator[bytes]:
-    """A server that drips a byte at a time keeps every single read within its timeout, so the whole has one, too."""
+class _Deadline:
+    """Of one whole exchange: a server that drips a byte at a time, of its headers too, keeps every single read within its
+    timeout. When the time is up, the connections are shut down, and whoever reads from them is told."""
+
+    def __init__(self, seconds: float) -> None:
+        self.over = False
+        self._links: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def seen(self, event: str, info: Mapping[str, Any]) -> None:
+        """httpx's trace: of each connection that is made, the socket."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._links.append(info["return_value"].get_extra_info("socket"))
+            if self.over:
+                self._end()
+
+    def _end(self) -> None:
+        self.over = True
+        for link in self._links:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                link.shutdown(socket.SHUT_RDWR)
+
+
+def _within(pieces: Iterator[bytes]) -> Iterator[bytes]:
     size = 0
     for piece in pieces:
         size += len(piece)
         if size > LARGEST:
             raise _Again(f"an answer of over {LARGEST} bytes")
-        if time.monotonic() > until:
-            raise _Again("the answer took too long")
         yield piece

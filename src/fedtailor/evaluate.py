@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from fedtailor import limits
 from fedtailor.answering import Answers
 from fedtailor.core import Ask, Reply, Silo, in_silo
 from fedtailor.data import Row
@@ -47,7 +48,8 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Counts:
-    """Up: sums over the silo's rows. No row and no answer leaves; of a silo with one row, the sums are that row's score."""
+    """Up: sums over the silo's rows, of none where they are fewer than its minimum. No row and no answer leaves; of a silo
+    with one row, and no minimum, the sums are that row's score."""
 
     rows: int
     places: int  # answer tokens
@@ -152,7 +154,7 @@ def evaluate_many(silos: Sequence[Silo], body: Evaluate) -> list[Counts]:
     if any(silo.data.labels != silos[0].data.labels for silo in silos):  # [silo.NAME] may ask another question
         return [evaluate_many([silo], body)[0] for silo in silos]
     model: Answers = body.served.open(silos[0].models)
-    rows = [getattr(silo.data, body.split) for silo in silos]
+    rows = [limits.counted(silo.data, body.split) for silo in silos]
     together = [row for some in rows for row in some]
     labels = silos[0].data.labels
     one_by_one = _classes(model, together, labels) if labels else _texts(model, together, body)

@@ -38,7 +38,7 @@ class Engine:
     deadline: Annotated[float, Field(gt=0)] = 3600.0  # over a federation: seconds of one exchange, all repeats included
     minimum: Annotated[int, Field(ge=1)] = 1  # over a federation: replies without which a round fails
     patience: Annotated[float, Field(ge=0)] = 120.0  # over a federation: seconds for lost silos, once the rest is in
-    record: bool = False  # keep every message under messages/, for audits
+    record: bool = False  # keep every message of the row federated, but those of its test, under messages/, for audits
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Report:
     served: Any
     best_round: int
     log: list[dict[str, Any]]
+    last: Any = None  # the state after the last round
 
 
 def run(
@@ -125,7 +126,7 @@ def run(
             advance()
             progress.line(_told(log[-1], experiment.rounds))
     chosen, number = (state, experiment.rounds) if best is None else (best.state, best.round)
-    return Report(chosen, method.serve(chosen), number, log)
+    return Report(chosen, method.serve(chosen), number, log, state)
 
 
 def sampled(silos: Sequence[str], participation: float, seed: int, number: int) -> tuple[str, ...]:
@@ -150,12 +151,8 @@ def _ended(
     entry |= dict(getattr(state, "notes", {}))
     if number % experiment.evaluate.every == 0 or number == experiment.rounds:
         name = experiment.evaluate.best_by
-        body = Evaluate(
-            method.serve(state),
-            "val",
-            experiment.evaluate.max_new_tokens,
-            generate=name not in ("loss", "accuracy", "macro_f1"),
-        )
+        text = name not in ("loss", "accuracy", "macro_f1")
+        body = Evaluate(method.serve(state), "val", experiment.evaluate.max_new_tokens, generate=text)
         found = scoring.summary(scoring.ask_all(engine.reach(number, disturbed=False), body))
         entry["evaluation_bytes_up"], entry["evaluation_bytes_down"] = engine.traffic.take()
         entry["val"] = found

@@ -77,9 +77,9 @@ COSTS = {
     "seconds": Cost("time", duration, "seconds"),
     "peak_memory_mb": Cost("memory", lambda mb: size(mb * 1e6) if is_number(mb) else MISSING, "MB"),
     "model_calls": Cost("calls", lambda count: _scaled(count, ("", " k", " M", " G")), "rows scored under one prompt"),
-    "epsilon": Cost("epsilon"),
+    "epsilon": Cost("epsilon", number, "over all seeds"),
     "public_distance": Cost("distance of public rows", unit="of 1, Jensen-Shannon divergence of their tokens from the silos'"),
-    "declined": Cost("share declined", unit="of public rows, which silos hold themselves"),
+    "declined_share": Cost("share declined", unit="of public rows, which silos hold themselves"),
     "trained_parameters": Cost("params", lambda count: _scaled(count, ("", " k", " M", " G")), "parameters"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from fedtailor.paired import over_seeds
 
 
 def merge(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of several seeds as one: numbers are means; each metric also has `spread` (sd over seeds) and `by_seed`."""
+    """Rows of several seeds as one: numbers are means; each metric also has `spread` (sd over seeds) and `by_seed`. Epsilon
+    is that of all seeds together."""
     seeds = list(results)
     out: dict[str, Any] = {}
     for row in results[seeds[0]]:
@@ -43,6 +45,8 @@ def _merged(key: str, values: list[Any], seeds: Sequence[int]) -> Any:
         return {name: _merged(name, [value[name] for value in values], seeds) for name in shared}
     if key == "rejected":
         return {why: sum(value.get(why, 0) for value in values) for value in values for why in value}
+    if key == "epsilon":  # all seeds ask the same rows: what they tell adds up (of Gaussian noise that is an upper bound)
+        return math.fsum(values)
     if key == "peak_memory_mb":
         return max(values)
     if isinstance(values[0], int | float) and key not in ("trained_parameters", "rounds"):

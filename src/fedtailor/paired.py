@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedtailor import limits
 from fedtailor.core import Ask, Silo, in_silo
 from fedtailor.tally import NORMAL
 
@@ -23,8 +24,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Discordant:
-    """Up: of each other, how many rows either answers rightly alone. No row leaves; of a silo with one row, the counts
-    are about that row."""
+    """Up: of each other, how many rows either answers rightly alone; of none where the silo has fewer than its minimum. No
+    row leaves; of a silo with one row, and no minimum, the counts are about that row."""
 
     rows: int
     apart: tuple[tuple[int, int], ...]  # (right with the one alone, right with the other alone)
@@ -38,7 +39,7 @@ class Discordant:
 
 @in_silo(memory=False)
 def compare(silo: Silo, body: Pair) -> Discordant:
-    rows, labels = getattr(silo.data, body.split), silo.data.labels
+    rows, labels = limits.counted(silo.data, body.split), silo.data.labels
     if not rows or not labels:
         return Discordant(0, ((0, 0),) * len(body.others))
     one, *others = (_right(served.open(silo.models), rows, labels) for served in (body.one, *body.others))

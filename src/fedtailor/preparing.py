@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fedtailor import answering, baselines, models, packaged
 from fedtailor import data as rows_of
-from fedtailor.data import Row, SiloData
+from fedtailor.data import SILO_FIELDS, Row, SiloData
 from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.experiment import Experiment
 
@@ -41,7 +41,8 @@ def kept_afar(experiment: Experiment, silos: Sequence[str]) -> rows_of.Loaded:
     if experiment.data.public_fraction:
         raise UserError("[data] public_fraction holds out rows of one table: over a federation name the server's with public")
     public = rows_of.known_to_all(experiment.data, labels, experiment.seeds[0])
-    return rows_of.Loaded({name: SiloData((), (), (), labels) for name in silos}, "", {}, public)
+    own = {name: {k: v for k, v in settings.items() if k not in SILO_FIELDS} for name, settings in experiment.silo.items()}
+    return rows_of.Loaded({name: SiloData((), (), (), labels, own.get(name, {})) for name in silos}, "", {}, public)
 
 
 def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loaded:
@@ -68,6 +69,8 @@ def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loade
     if loaded is not None and getattr(experiment.method, "needs_public", False) and not loaded.public:
         errors.append("[data] the method needs rows that the server may hold: set public to a file, or public_fraction")
     errors += _never_warm(experiment)
+    if loaded is not None and hasattr(experiment.method, "unaffordable"):
+        errors += experiment.method.unaffordable(loaded.silos, experiment.rounds)
     if errors or loaded is None:
         raise UserError("\n".join(errors))
     return loaded

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["none", "laplace", "gaussian"]
+NOISY = ("laplace", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,29 @@ class Noise:
     def variance(self) -> float:
         return {"none": 0.0, "laplace": 2 * self.scale**2, "gaussian": self.scale**2}[self.kind]
 
+    @property
+    def cost(self) -> float:
+        """Of one sum, for each row in it; costs add up: epsilon of Laplace noise, rho of Gaussian noise."""
+        return 1 / self.scale if self.kind == "laplace" else 1 / (2 * self.scale**2)
+
     def spent(self, releases: int) -> float:
         """Epsilon of a row that is in this many sums; smaller is more private."""
         if self.kind == "none":
             return math.inf if releases else 0.0
-        if self.kind == "laplace":
-            return releases / self.scale
-        rho = releases / (2 * self.scale**2)
-        return rho + 2 * math.sqrt(rho * math.log(1 / self.delta))
+        whole = torch.tensor(releases * self.cost, dtype=torch.float64)
+        none = torch.zeros((), dtype=torch.float64)
+        pair = (whole, none) if self.kind == "laplace" else (none, whole)
+        return float(together(*pair, self.delta))
+
+    def problem(self) -> str | None:
+        """Why this is no noise that can be accounted for, or None."""
+        if self.kind not in NOISY:
+            return f"noise = {self.kind!r}: no such noise (choices: {', '.join(NOISY)})"
+        if not 0 < self.scale < math.inf or not self.epsilon > 0:
+            return f"noise of scale {self.scale!r} and epsilon {self.epsilon!r}: both must be above 0"
+        if self.kind == "gaussian" and not 0 < self.delta < 1:
+            return f"delta = {self.delta!r} must lie between 0 and 1"
+        return None
 
     def on(self, sums: Tensor, seed: int | None) -> Tensor:
         """The sums (fp64) with fresh noise on each; `seed` None draws from the operating system's randomness."""
@@ -49,6 +65,11 @@ class Noise:
         dice = numpy.random.default_rng(seed)
         draw = dice.laplace if self.kind == "laplace" else dice.normal
         return sums + torch.from_numpy(draw(0.0, self.scale, tuple(sums.shape)))
+
+
+def together(epsilon: Tensor, rho: Tensor, delta: float) -> Tensor:
+    """Epsilon, at `delta`, of what was told under Laplace noise of `epsilon` and Gaussian noise of `rho`, element by element."""
+    return epsilon + rho + 2 * (rho * math.log(1 / delta)).sqrt() if bool((rho > 0).any()) else epsilon
 
 
 def noise(kind: Kind, epsilon: float, delta: float, releases: int) -> Noise:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag
 
 from fedtailor.answering import Answers, encode, fresh
 from fedtailor.baselines import BETWEEN
@@ -26,6 +26,15 @@ SLOTS = ("{input}", "{prompt}")
 LONGEST = 20_000  # letters of a template: a reply that is longer is no prompt
 
 
+def _pair(given: Any) -> Any:
+    if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(text, str) for text in given):
+        raise ValueError(f"an example is [input, answer], two texts, not {given!r:.80}; in a .jsonl file one a line")
+    return given
+
+
+Pair = Annotated[tuple[str, str], BeforeValidator(_pair)]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One candidate. Crosses the wire, so it holds public text alone."""
@@ -34,7 +43,7 @@ class Prompt:
 
     template: str  # with one slot: {input} or {prompt}
     words: tuple[str, ...] = ()  # what the model says for each label, in the labels' order; empty: the labels themselves
-    examples: tuple[tuple[str, str], ...] = ()  # (input, answer), of a public pool
+    examples: tuple[Pair, ...] = ()  # (input, answer), of a public pool
 
     def __post_init__(self) -> None:
         found = [slot for slot in SLOTS for _ in range(self.template.count(slot))]
@@ -87,6 +96,13 @@ class Prompt:
         return before + text + after
 
 
+# told apart by what they are: an error in a table is then told once, and not as a text that it is not
+Candidate = Annotated[
+    Annotated[str, Tag("tagged-text")] | Annotated[Prompt, Tag("tagged-table")],
+    Discriminator(lambda given: "tagged-text" if isinstance(given, str) else "tagged-table"),
+]
+
+
 @dataclass(frozen=True)
 class Prompted:
     """What is served: the base, asked by this prompt."""
@@ -136,16 +152,20 @@ def unfit(resident: Resident, prompt: Prompt, rows: Sequence[Row], labels: Seque
 
 
 def holds(prompt: Prompt, secrets: Sequence[str]) -> bool:
-    """Whether any of the strings is in it, by letters alone: neither case nor spacing hides one."""
-    whole = plain(" ".join([prompt.template, *prompt.words, *(text for pair in prompt.examples for text in pair)]))
-    return any(plain(secret) in whole for secret in secrets if plain(secret))
+    """Whether any of the strings is in it, by letters and digits alone: neither case, spaces, hyphens nor letters without a
+    width hide one. A secret without any is looked for as it stands."""
+    exact = " ".join([prompt.template, *prompt.words, *(text for pair in prompt.examples for text in pair)])
+    whole = plain(exact)
+    return any(plain(secret) in whole if plain(secret) else secret in exact for secret in secrets if secret.strip())
 
 
 def plain(text: str) -> str:
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return "".join(letter for letter in unicodedata.normalize("NFKC", text).casefold() if letter.isalnum())
 
 
-def shown(template: str) -> str:
-    """Its beginning, on one line, for messages."""
-    text = repr(template)
-    return text if len(text) <= 60 else f"{text[:56]}...{text[0]}"
+def shown(prompt: str | Prompt) -> str:
+    """A template's beginning, on one line, for messages; of a prompt also how many examples it has."""
+    text = repr(prompt if isinstance(prompt, str) else prompt.template)
+    count = 0 if isinstance(prompt, str) else len(prompt.examples)
+    more = f" with {count} example{'s' if count > 1 else ''}" if count else ""
+    return (text if len(text) <= 60 else f"{text[:56]}...{text[0]}") + more

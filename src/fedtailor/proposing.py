@@ -79,11 +79,12 @@ def taken_apart(prompt: Prompt) -> Parts:
     return Parts(instruction, head[len(instruction) :] + newline, lead, prompt.slot, after)
 
 
-def crossed(parents: Sequence[Prompt], dice: random.Random) -> Prompt:
-    """One's instruction in another's layout, with the words of the layout and either's examples."""
+def crossed(parents: Sequence[Prompt], dice: random.Random) -> Prompt | None:
+    """One's instruction in another's layout, with the words of the layout and either's examples; None: too long for a prompt."""
     one, other = dice.choice(parents), dice.choice(parents)
     template = taken_apart(other).with_instruction(taken_apart(one).instruction)
-    return Prompt(template, other.words, dice.choice([one.examples, other.examples]))
+    examples = dice.choice([one.examples, other.examples])
+    return Prompt(template, other.words, examples) if len(template) <= LONGEST else None
 
 
 def exemplified(parent: Prompt, pool: Sequence[tuple[str, str]], most: int, dice: random.Random) -> Prompt:
@@ -142,9 +143,14 @@ def cleaned(text: str) -> str:
 
 
 def listed(text: str) -> list[str]:
-    """The instructions of an endpoint's answer: one a line, without bullets and numbers."""
-    lines = [re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", line) for line in text.splitlines()]
-    return [found for line in lines if (found := cleaned(line))]
+    """The instructions of an endpoint's answer: one a line, without bullets and numbers; neither what it thought before, nor
+    a first line that announces others. Of an answer with bullets or numbers, those lines alone."""
+    text = re.sub(r"^.*</think>|<think>.*", "", text, flags=re.S | re.I)
+    lines = [line for line in text.splitlines() if line.strip()]
+    item = re.compile(r"^\s*(?:[-*•]\s|\d+[.)])\s*")
+    announced = len(lines) > 1 and lines[0].rstrip(" *").endswith(":")
+    lines = [line for line in lines if item.match(line)] or lines[announced:]
+    return [found for line in lines if (found := cleaned(item.sub("", line)))]
 
 
 def by_model(
@@ -183,9 +189,6 @@ def by_endpoint(
 
 
 def _laid_out(texts: Sequence[str], layouts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
-    made = [
-        replace(layout, template=taken_apart(layout).with_instruction(text))
-        for text, layout in zip(texts, layouts, strict=True)
-        if text
-    ]
+    laid = [(layout, taken_apart(layout).with_instruction(text)) for text, layout in zip(texts, layouts, strict=True) if text]
+    made = [replace(layout, template=template) for layout, template in laid if len(template) <= LONGEST]
     return made, len(texts) - len(made)

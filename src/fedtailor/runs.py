@@ -31,7 +31,7 @@ from fedtailor.preparing import prepare
 from fedtailor.report import VERSION
 from fedtailor.seeds import Seed
 
-POOLING = ("few_shot", "alone", "centralized")
+HERE = ("few_shot", "alone", "centralized", "noiseless")  # rows that pool what silos hold, or leave off the noise that hides it
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The rows that can be had: over a federation none that pools what silos hold."""
-        return [row for row in self.experiment.rows if not self.courier or row not in POOLING]
+        """The rows that can be had: over a federation none of those that are for one process alone."""
+        return [row for row in self.experiment.rows if not self.courier or row not in HERE]
 
     @property
     def model_sha256(self) -> str:

@@ -85,7 +85,7 @@ class Seed:
         if row == "hand_written":
             return self._hand_written(folder)
         if row == "noiseless":
-            return self._trained(folder, self.data, experiment.method.noiseless())
+            return self._trained(folder, baselines.noiseless(self.data), experiment.method.noiseless())
         if row == "centralized":
             method = experiment.method_of(row).pooled(drawn(len(self.data), experiment.participation))
             return self._trained(folder, baselines.pooled(self.data), method)
@@ -283,7 +283,7 @@ class Seed:
         served = report.served
         wire.write_file(beside / "served.safetensors", served)  # what `fedtailor chat` opens
         if hasattr(method, "export_prompt"):
-            method.export_prompt(report.state, beside, self.run.experiment.data.template)
+            method.export_prompt(report.state, beside, self.run.experiment.data.template, report.last)
         if hasattr(method, "export"):
             with wire.disk_told(beside):
                 tensors = served.on(self.resident) if hasattr(served, "on") else served.tensors
@@ -296,7 +296,7 @@ class Seed:
 
 @dataclass
 class Recorder:
-    """Keeps every message of the wire, numbered, for audits; a resumed run numbers on."""
+    """Keeps every message of the row federated, but those of its test, numbered, for audits; a resumed run numbers on."""
 
     folder: Path
     count: int = 0
@@ -310,7 +310,7 @@ class Recorder:
         self.count += 1
 
 
-TOLD = ("model_calls", "epsilon", "public_distance", "declined")  # of a round's notes, what is so of the whole run
+TOLD = ("model_calls", "epsilon", "public_distance", "declined_share")  # of a round's notes, what is so of the whole run
 
 
 def _told(report: Report) -> dict[str, Any]:

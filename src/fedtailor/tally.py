@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,36 @@ class Tally:
     sums: Tensor  # (C, S) fp64
     squares: Tensor  # (C, S) fp64; none are told under noise: then a score's variance is taken as m (1 - m), no less than it is
     counts: Tensor  # (C, S) int64
-    asked: Tensor  # (C,) int64: up to which of its rows each silo was asked to try the candidate
-    over: Tensor  # (C,) bool: no silo has more rows for it
+    reached: Tensor  # (C, S) int64: up to which of its rows the silo has tried the candidate
+    ended: Tensor  # (C, S) bool: it has no more rows for it
     noise: float = 0.0  # variance of the noise in one released sum
     releases: Tensor | None = None  # (C, S) int64: how many released sums `sums` is made of, where there is noise
+    present: Tensor | None = None  # (S,) bool: the silos that a round is heard in; None: all
+    before: Tensor | None = None  # (S,) int64: model calls of each silo before the round; None: none
+
+    @property
+    def asked(self) -> Tensor:
+        """(C,) up to which row every silo that is heard has tried the candidate, those without more rows left aside."""
+        reached, ended = self._heard(self.reached), self._heard(self.ended)
+        behind = torch.where(ended, torch.iinfo(torch.int64).max, reached).amin(1)
+        return torch.where(ended.all(1), reached.amax(1), behind)
+
+    @property
+    def over(self) -> Tensor:
+        """(C,) whether no silo that is heard has more rows for the candidate."""
+        return self._heard(self.ended).all(1)
+
+    @property
+    def spent(self) -> int:
+        """Model calls of this round so far, of the silo that made most."""
+        calls = self.counts.sum(0) - (0 if self.before is None else self.before)
+        return int(calls.max()) if calls.numel() else 0
+
+    def begun(self, present: Sequence[int]) -> Tally:
+        """As a round finds it that hears these silos."""
+        heard = torch.zeros(self.counts.shape[1], dtype=torch.bool)
+        heard[list(present)] = True
+        return replace(self, present=heard, before=self.counts.sum(0))
 
     def mean(self) -> Tensor:
         """(C,) higher is better; -inf where nothing is known."""
@@ -58,7 +84,7 @@ class Tally:
         rows = int(self.counts[candidate, silo])
         if not rows:
             return math.nan, 0.0, 1.0, 0
-        mean = float(self.sums[candidate, silo]) / rows
+        mean = min(1.0, max(0.0, float(self.sums[candidate, silo]) / rows))  # under noise it may lie outside
         more = 0.0 if self.releases is None else self.noise * float(self.releases[candidate, silo]) / rows**2
         half = NORMAL * math.sqrt(float(self.variance()[candidate, silo]) / rows + more)
         return mean, max(0.0, mean - half), min(1.0, mean + half), rows
@@ -83,42 +109,59 @@ class Tally:
 
     def grown(self, more: int) -> Tally:
         """With `more` candidates of which nothing is known."""
+        return self._longer(more, 0)
 
+    def joined(self, more: int) -> Tally:
+        """With `more` silos that have tried nothing."""
+        longer = self._longer(more, 1)
+        return replace(longer, present=None, before=None)
+
+    def _longer(self, more: int, dim: int) -> Tally:
         def longer(t: Tensor) -> Tensor:
-            return torch.cat([t, torch.zeros(more, *t.shape[1:], dtype=t.dtype)])
+            shape = (more, t.shape[1]) if dim == 0 else (t.shape[0], more)
+            return torch.cat([t, torch.zeros(shape, dtype=t.dtype)], dim)
 
         releases = None if self.releases is None else longer(self.releases)
-        return Tally(
-            longer(self.sums), longer(self.squares), longer(self.counts), longer(self.asked), longer(self.over),
-            self.noise, releases,
+        return replace(
+            self, sums=longer(self.sums), squares=longer(self.squares), counts=longer(self.counts),
+            reached=longer(self.reached), ended=longer(self.ended), releases=releases,
         )  # fmt: skip
+
+    def _heard(self, t: Tensor) -> Tensor:
+        return t if self.present is None else t[..., self.present]
 
 
 def folded(known: Tally, wants: Mapping[int, int], replies: Sequence[tuple[int, Any]]) -> Tally:
-    """With what the silos of these numbers replied of these candidates, in the order of `wants`."""
+    """With what silos replied that were asked for these candidates up to these rows, each from where it was, in the order of
+    `wants`. A silo that did not reply is still where it was; so is one that could tell of more rows than it was asked for."""
     some = list(wants)
     sums, squares, counts = known.sums.clone(), known.squares.clone(), known.counts.clone()
-    asked, over = known.asked.clone(), known.over.clone()
+    reached, ended = known.reached.clone(), known.ended.clone()
     releases = None if known.releases is None else known.releases.clone()
-    more = torch.zeros(len(some), dtype=torch.int64)  # of the silo that had most rows left
     for silo, tried in replies:
         sums[some, silo] += tried.sums
         counts[some, silo] += tried.counts
-        more = torch.maximum(more, tried.counts)
         if len(tried.squares):
             squares[some, silo] += tried.squares
         if releases is not None:
             releases[some, silo] += (tried.counts > 0).long()
-    for i, (c, end) in enumerate(wants.items()):
-        over[c] = bool(int(more[i]) < end - int(known.asked[c])) or any(tried.unfit[i] for _, tried in replies)
-        asked[c] = int(known.asked[c]) + int(more[i]) if over[c] else end
-    return Tally(sums, squares, counts, asked, over, known.noise, releases)
+        for i, (c, end) in enumerate(wants.items()):
+            begin, count = int(known.reached[c, silo]), int(tried.counts[i])
+            if count < end - begin and not (tried.more and tried.more[i]):
+                ended[c, silo], reached[c, silo] = True, begin + count
+            elif count or end - begin >= tried.least:  # of so many it says nothing only where it has told of them before
+                reached[c, silo] = end
+            if tried.unfit[i]:
+                ended[c] = True
+    return replace(
+        known, sums=sums, squares=squares, counts=counts, reached=reached, ended=ended, releases=releases
+    )
 
 
 def empty(silos: int, noise: float = 0.0) -> Tally:
     blank = torch.zeros(0, silos, dtype=torch.float64)
     counts = torch.zeros(0, silos, dtype=torch.int64)
     return Tally(
-        blank, blank.clone(), counts, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), noise,
+        blank, blank.clone(), counts, counts.clone(), torch.zeros(0, silos, dtype=torch.bool), noise,
         counts.clone() if noise else None,
     )  # fmt: skip

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedtailor import wire
+from fedtailor import limits, wire
+from fedtailor.account import SLACK, Account
 from fedtailor.core import Silo, in_silo
 from fedtailor.data import Row
 from fedtailor.errors import SiloError
+from fedtailor.limits import Limits
 from fedtailor.models import Resident
 from fedtailor.prefixes import Prefixes
 from fedtailor.privacy import Noise
@@ -26,7 +28,7 @@ from fedtailor.prompts import Prompt, opened, unfit
 Score = Literal["probability", "accuracy"]
 TOGETHER = 64  # silos whose rows are scored in one go
 GRID = 2.0**24  # scores are multiples of 1 / GRID: their sums in fp64 are exact, whoever adds them in whatever order
-SLACK = 1e-9
+FAR = 40  # scales: noise goes further less often than once in 10^17 sums
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Try:
 class Tried:
     """Up: of each candidate the sum of its rows' scores, of their squares (none under noise), and how many they are.
 
-    Leaves out rows, answers and single scores: no sum is over fewer rows than the minimum.
+    Leaves out rows, answers and single scores: no sum is over fewer rows than the minimum. Without noise, `unfit` is about
+    all rows, and so may tell that one of them is long; under noise it is about those of validation and test.
     """
 
     sums: Tensor  # (candidates,) fp64
@@ -54,6 +57,8 @@ class Tried:
     counts: Tensor  # (candidates,) int64
     unfit: tuple[bool, ...]  # whether some row of the silo's does not fit the model's context with it
     epsilon: float = 0.0  # spent so far, of the row that has told most; inf without noise is written as 0
+    more: tuple[bool, ...] = ()  # whether it could tell of rows all the same where these are fewer than asked; (): nowhere
+    least: int = 1  # rows, below which it says nothing
 
     def problem(self, asked: Try) -> str | None:
         """Why these sums must not be used, or None."""
@@ -65,11 +70,17 @@ class Tried:
             return f"sums are {self.sums.dtype}, counts {self.counts.dtype}: asked float64 and int64"
         if (bad := wire.not_finite(self)) is not None:
             return f"{bad} is not finite"
+        if len(self.more) not in (0, n) or type(self.least) is not int or self.least < 1:
+            return f"{len(self.more)} flags and a minimum of {self.least!r}, asked {n} flags"
         most = torch.tensor([end - begin for begin, end in asked.windows])
         if bool((self.counts < 0).any()) or bool((self.counts > most).any()):
             return "more rows than asked, or fewer than none"
         if wide and not bool(((self.squares >= 0) & (self.squares <= self.sums + SLACK) & (self.sums <= self.counts)).all()):
             return "sums of scores in [0, 1] are out of bounds"
+        if not wide and bool((self.sums.abs() > torch.where(self.counts > 0, self.counts + FAR * asked.noise.scale, 0.0)).any()):
+            return f"sums are further from scores in [0, 1] than noise of scale {asked.noise.scale:.3g} takes them"
+        if not wide and not 0 <= self.epsilon <= asked.noise.epsilon * (1 + SLACK):
+            return f"epsilon = {self.epsilon} is not between 0 and {asked.noise.epsilon:g}"
         return None
 
 
@@ -80,30 +91,18 @@ def try_many(silos: Sequence[Silo], body: Try) -> list[Tried]:
     resident, labels = silos[0].models["base"], silos[0].data.labels
     if any(prompt.words and len(prompt.words) != len(labels) for prompt in body.prompts):
         raise SiloError(f"a prompt's words do not stand for the {len(labels)} labels of this silo")
-    orders = [_order(silo, body.order) for silo in silos]
-    least = [max(body.minimum, int(silo.data.settings.get("minimum", 1))) for silo in silos]
-    for silo, minimum in zip(silos, least, strict=True):
-        if len(silo.data.train) < minimum:
-            raise SiloError(f"fewer rows than the minimum of {minimum}: it says nothing of so few")
+    if any(not 0 <= begin <= end for begin, end in body.windows) or len(body.windows) != len(body.prompts):
+        raise SiloError(f"windows {str(body.windows)[:100]}: not one for each prompt, from a row to a later one")
+    some = [_Trying.of(silo, body) for silo in silos]
     prefixes = Prefixes()
-    sums = torch.zeros(3, len(silos), len(body.prompts), dtype=torch.float64)
-    unfits = [[False] * len(body.prompts) for _ in silos]
-    used: list[list[list[int]]] = [[] for _ in silos]
-    for c, (prompt, (begin, end)) in enumerate(zip(body.prompts, body.windows, strict=True)):
-        chosen: list[list[int]] = []
-        for s, silo in enumerate(silos):
-            every = (*silo.data.train, *silo.data.val, *silo.data.test)
-            # a candidate is measured against all rows when it first comes: what is served must fit them all
-            unfits[s][c] = begin == 0 and unfit(resident, prompt, every, labels) is not None
-            window = [] if unfits[s][c] else sorted(orders[s][begin:end])
-            chosen.append(window if len(window) >= least[s] else [])
-        together = [silo.data.train[i] for silo, some in zip(silos, chosen, strict=True) for i in some]
-        scores = scored(resident, prompt, labels, together, body.score, prefixes)
-        for s, some in enumerate(chosen):
-            mine, scores = scores[: len(some)], scores[len(some) :]
-            sums[:, s, c] = torch.stack([mine.sum(), _gridded(mine.square()).sum(), torch.tensor(float(len(some)))])
-            used[s].append(some)
-    return [_told(silo, body, sums[:, s], unfits[s], used[s]) for s, silo in enumerate(silos)]
+    for c, prompt in enumerate(body.prompts):
+        chosen = [one.chosen(c) for one in some]
+        together = [one.silo.data.train[i] for one, rows in zip(some, chosen, strict=True) for i in rows]
+        scores = fitting(resident, prompt, labels, together, body.score, prefixes)
+        for one, rows in zip(some, chosen, strict=True):
+            mine, scores = scores[: len(rows)], scores[len(rows) :]
+            one.add(c, rows, mine)
+    return [one.told() for one in some]
 
 
 try_many.together = TOGETHER  # type: ignore[attr-defined]
@@ -112,6 +111,96 @@ try_many.together = TOGETHER  # type: ignore[attr-defined]
 @in_silo(cohort=try_many)
 def attempt(silo: Silo, body: Try) -> Tried:
     return try_many([silo], body)[0]
+
+
+@dataclass
+class _Trying:
+    """One silo's part of it, candidate by candidate."""
+
+    silo: Silo
+    body: Try
+    limits: Limits
+    account: Account
+    order: list[int]
+    sums: Tensor  # (3, candidates) fp64: of scores, of their squares, of rows
+    unfit: list[bool]
+    more: list[bool]
+    used: list[list[int]] = field(default_factory=list)  # of each candidate the rows in its sum
+
+    @classmethod
+    def of(cls, silo: Silo, body: Try) -> _Trying:
+        """Raises SiloError where it may say nothing at all."""
+        own, n = limits.of(silo.data), len(body.prompts)
+        own = replace(own, minimum=max(own.minimum, body.minimum))
+        limits.check(body.noise, own)
+        if len(silo.data.train) < own.minimum:
+            raise SiloError(f"fewer rows than the minimum of {own.minimum}: it says nothing of so few")
+        account = Account.of(silo)
+        account.ordered(body.order)
+        order = _order(silo, body.order)
+        return cls(silo, body, own, account, order, torch.zeros(3, n, dtype=torch.float64), [False] * n, [False] * n)
+
+    @property
+    def noisy(self) -> bool:
+        return self.body.noise.kind != "none"
+
+    def chosen(self, c: int) -> list[int]:
+        """The rows that this candidate is to be tried on: none where it does not fit, or where they are too few."""
+        prompt, (first, last) = self.body.prompts[c], self.body.windows[c]
+        self.unfit[c] = not self.account.knows(prompt) and not self._fits(prompt)
+        if self.unfit[c]:
+            return []
+        size = len(self.order)
+        begin, end = self.account.untold(prompt, min(first, size), min(last, size), self.limits.minimum, self.noisy)
+        rows = sorted(self.order[begin:end])
+        if len(rows) < self.limits.minimum:
+            self.more[c] = first < last and size - begin >= self.limits.minimum
+            return []
+        self.more[c] = len(rows) < last - first and size > end
+        self.account.tell(prompt, begin, end)
+        return rows
+
+    def add(self, c: int, rows: list[int], scores: Tensor) -> None:
+        """`scores` are NaN where a row does not fit, which no flag may tell under noise: it is as wrong as a row can be."""
+        if not self.noisy and bool(scores.isnan().any()):
+            self.unfit[c], self.more[c], rows, scores = True, False, [], scores[:0]
+        scores = scores.nan_to_num(0.0)
+        count = torch.tensor(float(len(rows)))
+        self.sums[:, c] = torch.stack([scores.sum(), _gridded(scores.square()).sum(), count])
+        self.used.append(rows)
+
+    def told(self) -> Tried:
+        """What leaves; the account of it is in the silo's memory then."""
+        sums, squares, counts = self.sums[0].clone(), self.sums[1].clone(), self.sums[2].long()
+        epsilon = 0.0
+        if self.noisy:
+            epsilon = self.account.pay(self.body.noise, self.used, self.limits)
+            seed = self.silo.seed if self.body.repeatable else None
+            sums = torch.where(counts > 0, self.body.noise.on(sums, seed), 0.0)  # of no row there is nothing to hide
+            squares = squares[:0]
+        self.account.kept(self.silo)
+        more = tuple(self.more) if any(self.more) else ()
+        return Tried(sums, squares, counts, tuple(self.unfit), epsilon, more, self.limits.minimum)
+
+    def _fits(self, prompt: Prompt) -> bool:
+        """All rows where it first comes: what is served must fit them all. Under noise not those that train, of which no
+        more may leave than the account knows of."""
+        data = self.silo.data
+        rows = (*([] if self.noisy else data.train), *data.val, *data.test)
+        return unfit(self.silo.models["base"], prompt, (Row("", ""), *rows), data.labels) is None
+
+
+def fitting(
+    resident: Resident, prompt: Prompt, labels: Sequence[str], rows: Sequence[Row], score: Score, prefixes: Prefixes
+) -> Tensor:
+    """As `scored`, NaN for a row that does not fit the model's context so."""
+    try:
+        return scored(resident, prompt, labels, rows, score, prefixes)
+    except SiloError:
+        half = len(rows) // 2
+        if not half:
+            return torch.full((len(rows),), torch.nan, dtype=torch.float64)
+        return torch.cat([fitting(resident, prompt, labels, some, score, prefixes) for some in (rows[:half], rows[half:])])
 
 
 def scored(
@@ -129,23 +218,6 @@ def scored(
     if score == "accuracy":
         return (found.argmax(1) == true).double()
     return _gridded(found.double().softmax(1).gather(1, true[:, None])[:, 0])
-
-
-def _told(silo: Silo, body: Try, sums: Tensor, unfits: list[bool], used: list[list[int]]) -> Tried:
-    totals, squares, counts = sums[0], sums[1], sums[2].long()
-    if body.noise.kind == "none":
-        return Tried(totals.clone(), squares.clone(), counts, tuple(unfits))
-    releases = silo.memory.get("releases", torch.zeros(len(silo.data.train), dtype=torch.int64)).clone()
-    for some in used:
-        releases[torch.tensor(some, dtype=torch.long)] += 1
-    epsilon = body.noise.spent(int(releases.max()))
-    allowed = min(body.noise.epsilon, float(silo.data.settings.get("epsilon", body.noise.epsilon)))
-    if epsilon > allowed * (1 + SLACK):
-        raise SiloError(f"it would spend epsilon = {epsilon:.3g} of some row, more than {allowed:.3g}: it says no more")
-    silo.memory["releases"] = releases
-    seed = silo.seed if body.repeatable else None
-    noisy = torch.where(counts > 0, body.noise.on(totals, seed), 0.0)  # of no row at all there is nothing to hide
-    return Tried(noisy, torch.zeros(0, dtype=torch.float64), counts, tuple(unfits), epsilon)
 
 
 def _order(silo: Silo, order: int) -> list[int]:

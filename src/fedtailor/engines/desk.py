@@ -1,7 +1,8 @@
 """A silo's side of any engine: takes a request, runs the `in_silo` work, keeps memory so that nothing is applied twice.
 
 A request is known by run, round, ask index, silo and body. The same request again gets the recorded reply. A changed
-one at the same place restarts from the memory before that place. Memory becomes final when the server commits the round.
+one at the same place restarts from the memory before that place. Memory becomes final when the server commits the round;
+what lies in it under `limits.TOLD` at once, as the account of what has left the silo.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from fedtailor import packed, wire
 from fedtailor.core import Silo
 from fedtailor.errors import SiloError
+from fedtailor.limits import TOLD
 from fedtailor.packed import Packed
 
 
@@ -56,7 +58,7 @@ class Desk:
     repeats: bool = True  # a request may come twice, as over a network: then replies are held until the commit
     spool: Path | None = None  # a folder for large replies
     rows_sha256: str = ""  # of `data`, where a run must find the same after a restart
-    memory: dict[str, Any] = field(default_factory=dict)  # as of the last commit
+    memory: dict[str, Any] = field(default_factory=dict)  # as of the last commit; under TOLD, as of the last reply
     round: int = 0
     done: list[Done] = field(default_factory=list)  # by ask index of the open round
 
@@ -85,6 +87,8 @@ class Desk:
 
     def record(self, request: Request, reply: Packed, memory: dict[str, Any] | None) -> None:
         self.done.append(Done(request.id(self.name), reply if self.repeats else None, memory))
+        if memory is not None and TOLD in memory:
+            self.memory = {**self.memory, TOLD: memory[TOLD]}
 
     def packed(self, request: Request, up: Any) -> Packed:
         """A large reply goes to a file by the request's id in `spool`, so that it can be repeated after a restart."""
@@ -108,7 +112,8 @@ class Desk:
         return changed
 
     def _latest(self) -> dict[str, Any]:
-        return next((done.memory for done in reversed(self.done) if done.memory is not None), self.memory)
+        latest = next((done.memory for done in reversed(self.done) if done.memory is not None), self.memory)
+        return {**latest, TOLD: self.memory[TOLD]} if TOLD in self.memory else latest
 
 
 def answer(desks: Sequence[Desk], request: Request) -> list[Packed]:

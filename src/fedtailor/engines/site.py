@@ -4,6 +4,9 @@
     [data]                          # laid over the experiment's [data], for this silo alone
     source = "visits.jsonl"         # beside this file; all its rows are this silo's, unless silo_column is set here
     template = "{note}\\nUrgency:"   # where the columns are called otherwise
+    [limits]                        # of what any server may ask of it; the stricter of these and the experiment's hold
+    minimum = 5                     # rows in a sum
+    epsilon = 4.0                   # of each training row in a run, under the noise that a prompt search is asked for
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from fedtailor import data as rows_of
 from fedtailor import demo
 from fedtailor.data import SILO_FIELDS, Data, SiloData
 from fedtailor.errors import UserError, suggest
+from fedtailor.limits import Limits
 from fedtailor.models import Base
 
 OWN = SILO_FIELDS | {"source", "config", "revision", "silo_column", "split_column"}
@@ -32,6 +36,7 @@ class Site:
     name: str  # as the federation knows it
     folder: Path = Path("silo")  # memory, log and socket; readable by the owner alone
     data: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
     server_names_data: bool = False  # rows come from the file that the server's experiment names: to try all on one machine
     models: Mapping[str, str] = field(default_factory=dict)  # the experiment's name of a base -> a local folder
     allow: tuple[str, ...] = ()  # packages besides fedtailor whose methods may run here
@@ -50,7 +55,7 @@ class Site:
         loaded = rows_of.load(mine, {self.name: overrides} if overrides else {}, seed, owner=self.name if alone else "")
         if self.name not in loaded.silos:
             raise UserError(f"[data]: no row is silo {self.name!r}'s{suggest(self.name, loaded.silos)}")
-        return loaded.silos[self.name]
+        return replace(loaded.silos[self.name], limits=self.limits)
 
     def base(self, asked: Base) -> Base:
         return replace(asked, name=self.models.get(asked.name, asked.name))
@@ -67,7 +72,10 @@ def read(path: Path, source: str | None = None) -> Site:
     known = {f.name for f in fields(Site)}
     errors = [f"{path}: no setting {key!r}{suggest(key, known)}" for key in table if key not in known]
     own = table.get("data", {})
-    errors += [f"{path}: [data] has no setting {key!r}{suggest(key, OWN)}" for key in own if key not in OWN]
+    for part, keys in (("data", OWN), ("limits", {f.name for f in fields(Limits)})):
+        given = table.get(part)
+        unknown = [key for key in given if key not in keys] if isinstance(given, dict) else []
+        errors += [f"{path}: [{part}] has no setting {key!r}{suggest(key, keys)}" for key in unknown]
     if errors:
         raise UserError("\n".join(errors))
     table["folder"] = str(path.parent / table.get("folder", Site.folder))

@@ -143,13 +143,13 @@ class Blackbox(Method[State]):
         "above the mean loss of each candidate; at evaluation: sums and counts. No rows, texts or tokens leave."
     )
 
-    dimensions: Count = 200  # numbers searched
+    dimensions: Annotated[int, Field(ge=1, le=1900)] = 200  # numbers searched: a reply stays below 8 kB, CMA-ES holds the square
     virtual_tokens: Count = 16
     init_text: str = SoftPrompt.init_text
     """Start from the embeddings of this text, repeated or cut to length."""
     share: Literal["means", "losses"] = "means"
     generations: Count = 2  # a round
-    population: Annotated[int, Field(ge=2)] | None = None  # None: 4 + 3 ln(dimensions), as Hansen (2016) advises
+    population: Annotated[int, Field(ge=4)] | None = None  # None: 4 + 3 ln(dimensions), as Hansen (2016) advises
     batch_size: Count = 16  # rows of a silo that a generation is rated on
     sigma: Positive = 0.5  # the first steps; of 1, a step is about as large as the embeddings themselves
     sigma_end: Positive = 0.1  # in the last round, falling geometrically

@@ -177,7 +177,7 @@ class Distill(Method[State]):
         total = sum(r.rows for r in replies)
         notes = {
             "train_loss": math.fsum(r.loss * r.rows for r in replies) / max(total, 1),
-            "student_loss": loss, "student_steps": float(steps), "declined": _declined(replies),
+            "student_loss": loss, "student_steps": float(steps), "declined_share": _declined(replies),
             "public_distance": statistics.fmean(r.distance for r in replies),
         }  # fmt: skip
         return replace(state, notes=notes, latest=tuple(chosen))

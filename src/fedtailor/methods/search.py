@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fedtailor import bandits, privacy, progress, proposing, tally, trying
+from fedtailor import bandits, limits, privacy, progress, proposing, searching, tally
 from fedtailor.core import Ask, Method, Silo, in_silo
 from fedtailor.endpoint import Endpoint
 from fedtailor.errors import RunError, UserError, suggest
@@ -24,8 +24,9 @@ from fedtailor.methods import targets
 from fedtailor.models import Resident
 from fedtailor.printing import write_prompt
 from fedtailor.privacy import Noise
-from fedtailor.prompts import Prompt, Prompted, holds, made, shown, unfit
+from fedtailor.prompts import Candidate, Pair, Prompt, Prompted, holds, made, shown, unfit
 from fedtailor.proposing import Proposer
+from fedtailor.searching import State as State
 from fedtailor.tally import Tally
 from fedtailor.trying import Score, Tried, Try
 
@@ -61,22 +62,6 @@ class Looked:
 
 
 @dataclass(frozen=True)
-class State:
-    """The server's: every candidate so far, what silos said of it, and which are in the running."""
-
-    pool: tuple[Prompt, ...]
-    origins: tuple[str, ...]  # "hand", or the proposer
-    known: Tally
-    running: tuple[int, ...]  # the best first
-    best: int
-    silos: tuple[str, ...]
-    labels: tuple[str, ...]
-    order: int
-    skipped: int = 0  # proposals that could not be used
-    notes: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Search(Method[State]):
     """Finds a prompt. Model calls (rows scored under one prompt) of a silo and round: at most about `calls`."""
 
@@ -85,14 +70,14 @@ class Search(Method[State]):
     FILES: ClassVar[tuple[str, ...]] = ("prompts", "examples")  # may be named by a .jsonl file, a value a line
 
     BESIDES: ClassVar[str] = (
-        "These figures are of one exchange that is about every prompt; a round has several, under ucb some forty of two "
+        "These figures are of one exchange that is about every prompt; a round has several, under ucb some twenty of two "
         "candidates each. Besides: from one silo, each round, texts that its base wrote without its rows; at evaluation and "
         "comparison: sums and counts. No rows or answers leave."
     )
 
-    prompts: tuple[str | Prompt, ...] = GENERAL
+    prompts: tuple[Candidate, ...] = GENERAL
     """Templates with {input} or {prompt}, or tables of template, words and examples."""
-    examples: tuple[tuple[str, str], ...] = ()  # (input, answer) for few-shot prompts: public ones, they go to every silo
+    examples: tuple[Pair, ...] = ()  # (input, answer) for few-shot prompts: public ones, they go to every silo
     shots: Count = 3  # examples in one prompt at most
     calls: Count = 256
     bandit: str = "ucb"
@@ -114,7 +99,7 @@ class Search(Method[State]):
             raise ValueError("prompts is empty; write at least one template with {input}, or leave it out for general ones")
         given = [made(prompt) for prompt in self.prompts]
         if twice := next((p for i, p in enumerate(given) if p in given[:i]), None):
-            raise ValueError(f"prompts holds {shown(twice.template)} twice; remove one")
+            raise ValueError(f"prompts holds {shown(twice)} twice; remove one")
         least = math.ceil(self.minimum * (len(given) + self.proposals) / (1 - CONFIRMING))
         if self.calls < least and self.bandit != "exhaustive":
             raise ValueError(f"calls = {self.calls} is too few to try every prompt once a round; set {least} at least")
@@ -129,14 +114,24 @@ class Search(Method[State]):
         if self.endpoint is not None:
             self.endpoint.check()
         labels = next((rows.labels for rows in silos.values() if rows.labels), ())
+        self._within_limits(silos)
         self._clean()
         self._answers(labels)
         for prompt in map(made, self.prompts):
             if why := _misfit(resident, prompt, labels):
-                raise UserError(f"[method] prompts: {shown(prompt.template)}: {why}")
+                raise UserError(f"[method] prompts: {shown(prompt)}: {why}")
             for name, rows in silos.items():
                 if told := unfit(resident, prompt, (*rows.train, *rows.val, *rows.test), rows.labels):
-                    raise UserError(f"[method] prompts: {shown(prompt.template)}, silo {name!r}: {told}; shorten it")
+                    raise UserError(f"[method] prompts: {shown(prompt)}, silo {name!r}: {told}; shorten it")
+
+    def unaffordable(self, silos: Mapping[str, Any], rounds: int) -> list[str]:
+        """Limits of silos that are below what a single sum costs, each with what to do."""
+        cost = 0.0 if self.noise == "none" else self._noise(rounds).spent(1)
+        return [
+            f"[silo.{name}] epsilon = {most:g}: one sum costs {cost:.3g} already; raise it, or lower [method] epsilon"
+            for name, rows in silos.items()
+            if (most := limits.of(rows).epsilon) < cost
+        ]
 
     def begin(self, ask: Ask) -> State:
         self._clean()
@@ -151,7 +146,7 @@ class Search(Method[State]):
             raise RunError(f"no silo could look at the prompts; {'; '.join(why[:3])}")
         if reply.body.misfits:
             first = pool[reply.body.misfits[0]]
-            raise UserError(f"[method] prompts: {shown(first.template)}: too long for the model, or not one word a label")
+            raise UserError(f"[method] prompts: {shown(first)}: too long for the model, or not one word a label")
         known = tally.empty(len(ask.silos), self._noise(ask.rounds).variance).grown(len(pool))
         places = tuple(range(len(pool)))
         notes = {"calls": 0.0, "model_calls": 0.0, "candidates": float(len(pool))}
@@ -160,44 +155,35 @@ class Search(Method[State]):
         )
 
     def round(self, state: State, ask: Ask) -> State:
-        state = self._proposed(state, ask)
-        before, epsilon = bandits.spent(state.known), 0.0
-        noise, how = self._noise(ask.rounds), bandits.find(self.bandit)
+        state = searching.begun(self._proposed(state, ask), ask)
+        running, screening, how = state.running, round(self.calls * (1 - CONFIRMING)), bandits.find(self.bandit)
+        form = Try((), (), state.order, self.score, self.minimum, self._noise(ask.rounds), self.noise_seed == "experiment")
+        # what a silo says nothing below is no step, as far as the calls allow it for all
+        floors = [floor for name in ask.silos if (floor := state.floor(name)) * len(running) <= screening]
+        least = max([self.minimum, *floors])
         with progress.bar("model calls a silo", self.calls) as advance:
 
             def attempt(wants: Mapping[int, int]) -> Tally:
-                nonlocal state, epsilon
-                asked, done = dict(sorted(wants.items())), bandits.spent(state.known)
-                windows = tuple((int(state.known.asked[c]), end) for c, end in asked.items())
-                repeatable = self.noise_seed == "experiment"
-                body = Try(
-                    tuple(state.pool[c] for c in asked), windows, state.order, self.score, self.minimum, noise, repeatable
-                )
-                replies = [(state.silos.index(r.silo), r.body) for r in ask(trying.attempt, body)]
-                epsilon = max([epsilon, *(tried.epsilon for _, tried in replies)])
-                state = _folded(state, asked, replies)
+                nonlocal state
+                done = bandits.spent(state.known)
+                state = searching.tried(state, wants, ask, form, self.calls - done)
                 for _ in range(min(bandits.spent(state.known) - done, self.calls)):
                     advance()
                 return state.known
 
-            screening = round(self.calls * (1 - CONFIRMING))
-            order = how(state.known, state.running, screening, self.minimum, attempt)
+            order = how(state.known, running, screening, least, attempt)
             order = [c for c in order if c in state.running]  # without those that did not fit
-            left = self.calls - (bandits.spent(state.known) - before)
-            finalists = order[:FINALISTS]
-            bandits.confirm(state.known, finalists, left, self.minimum, attempt)
+            finalists, left = order[:FINALISTS], self.calls - bandits.spent(state.known)
+            bandits.confirm(state.known, finalists, left, least, attempt)
+        if not bandits.spent(state.known) and not all(state.known.over[list(running)]):
+            raise RunError(self._silent(state, ask))
         best = state.known.best(finalists)
         running = (best, *[c for c in order if c != best][: self.keep - 1])
-        notes = {
-            "calls": float(bandits.spent(state.known)), "model_calls": float(state.known.counts.sum()),
-            "candidates": float(len(state.pool)), "skipped": float(state.skipped), "score": float(state.known.mean()[best]),
-        }  # fmt: skip
-        if self.noise != "none":
-            notes |= {"epsilon": epsilon or float(state.notes.get("epsilon", 0.0))}
-        spent = f", epsilon {notes['epsilon']:.3g} of {self.epsilon:g}" if "epsilon" in notes else ""
-        told = f"{shown(state.pool[best].template)} ({state.origins[best]}): score {notes['score']:.3f}"
-        progress.line(f"best of {len(state.pool)} prompts after {notes['calls']:.0f} calls a silo{spent}: {told}")
-        return replace(state, best=best, running=running, notes=notes)
+        state = replace(state, best=best, running=running, notes=self._noted(state, best))
+        spent = f", epsilon {state.epsilon:.3g} of {self.epsilon:g}" if self.noise != "none" else ""
+        told = f"{shown(state.pool[best])} ({state.origins[best]}): score {state.notes['score']:.3f}"
+        progress.line(f"best of {len(state.pool)} prompts after {state.notes['calls']:.0f} calls a silo{spent}: {told}")
+        return state
 
     def serve(self, state: State) -> Prompted:
         return Prompted(state.pool[state.best], state.labels)
@@ -214,11 +200,13 @@ class Search(Method[State]):
         """What the search begins with, each as it would be served."""
         return tuple(Prompted(made(prompt), tuple(labels)) for prompt in self.prompts)
 
-    def export_prompt(self, state: State, folder: Path, template: str) -> None:
-        """prompt.txt and prompt.json: for any model, by hand."""
-        scores = {silo: state.known.interval(state.best, s) for s, silo in enumerate(state.silos)}
-        origin = state.origins[state.best]
-        write_prompt(folder, state.pool[state.best], state.labels, template, scores, {"score": self.score, "origin": origin})
+    def export_prompt(self, state: State, folder: Path, template: str, last: State | None = None) -> None:
+        """prompt.txt and prompt.json: for any model, by hand. `last`: of the search's end, which knows most of the prompt."""
+        last = last or state
+        scores = {silo: last.known.interval(state.best, s) for s, silo in enumerate(last.silos)}
+        more = {"score": self.score, "origin": state.origins[state.best], "noise": self.noise}
+        spent = {} if self.noise == "none" else {"epsilon": last.epsilon}
+        write_prompt(folder, state.pool[state.best], state.labels, template, scores, more | spent)
 
     def example(self, resident: Resident, labels: int, number: int = 1) -> Tried:
         """A reply as it would leave a silo in the first exchange of a round."""
@@ -227,6 +215,26 @@ class Search(Method[State]):
         n = len(self.prompts)
         sums = torch.zeros(n, dtype=torch.float64)
         return Tried(sums, sums if self.noise == "none" else sums[:0], torch.zeros(n, dtype=torch.int64), (False,) * n)
+
+    def _noted(self, state: State, best: int) -> dict[str, float]:
+        score = min(1.0, max(0.0, float(state.known.mean()[best])))  # noise may take it further than a score goes
+        notes = {
+            "calls": float(state.known.counts.sum(0).max()), "model_calls": float(state.known.counts.sum()),
+            "candidates": float(len(state.pool)), "skipped": float(state.skipped), "score": score,
+        }  # fmt: skip
+        declined = {"declined": float(state.declined)} if state.declined else {}
+        return notes | declined | ({"epsilon": state.epsilon} if self.noise != "none" else {})
+
+    def _silent(self, state: State, ask: Ask) -> str:
+        """Why a whole round tried nothing."""
+        floors = {name: state.floor(name) for name in ask.silos}
+        most = max([self.minimum, *floors.values()])
+        who = ", ".join(name for name, floor in floors.items() if floor > self.minimum) or "no silo"
+        needed = math.ceil(most * len(state.running) / (1 - CONFIRMING))
+        return (
+            f"round {ask.round}: no silo tried a prompt: {who} says something of {most} rows or more, and calls = {self.calls} "
+            f"are too few for {len(state.running)} prompts; set calls to {needed}, or lower the minimum there"
+        )
 
     def _proposed(self, state: State, ask: Ask) -> State:
         """With this round's new candidates in the running."""
@@ -261,7 +269,8 @@ class Search(Method[State]):
             assert self.endpoint is not None  # __post_init__ saw to it
             return proposing.by_endpoint(self.endpoint, parents, labels, count, self.temperature, dice)
         if proposer == "cross":
-            return [proposing.crossed(parents, dice) for _ in range(count)], 0
+            made_up = [prompt for _ in range(count) if (prompt := proposing.crossed(parents, dice))]
+            return made_up, count - len(made_up)
         return [proposing.exemplified(dice.choice(parents), self.examples, self.shots, dice) for _ in range(count)], 0
 
     def _noise(self, rounds: int) -> Noise:
@@ -282,6 +291,18 @@ class Search(Method[State]):
             if holds(prompt, secrets):
                 what = f"an example ({shown(prompt.examples[0][0])})" if prompt.examples else shown(prompt.template)
                 raise UserError(f"[method] {what} holds a string of {self.secrets}, so it may not leave; remove one of them")
+
+    def _within_limits(self, silos: Mapping[str, Any]) -> None:
+        """Raises UserError for a limit of a silo's that would silence it, as far as it is known here."""
+        for name, rows in silos.items():
+            if (most := limits.of(rows).epsilon) < math.inf and self.noise == "none":
+                told = "bounds what is told under noise, and there is none"
+                raise UserError(f"[silo.{name}] epsilon = {most:g}: {told}; set [method] noise, or leave it out")
+        # over a federation a silo's rows are not known here
+        least = {name: (len(r.train), max(limits.of(r).minimum, self.minimum)) for name, r in silos.items() if r.train}
+        if least and all(count < minimum for count, minimum in least.values()):
+            told = ", ".join(f"{name} has {count} of {minimum}" for name, (count, minimum) in list(least.items())[:3])
+            raise UserError(f"[method] minimum = {self.minimum}: no silo has so many training rows ({told}); lower it")
 
     def _answers(self, labels: Sequence[str]) -> None:
         """Raises UserError for an example whose answer is no label, and for a score that the task has not."""
@@ -306,15 +327,3 @@ def _misfit(resident: Resident, prompt: Prompt, labels: Sequence[str]) -> str:
         return f"has {len(prompt.words)} words for {len(labels)} labels ({', '.join(labels)}); write one for each, in their order"
     size = len(resident.tokenizer(prompt.written("")).input_ids)
     return f"has {size} tokens, the model's context is {resident.context}; shorten it" if size >= resident.context else ""
-
-
-def _folded(state: State, wants: Mapping[int, int], replies: Sequence[tuple[int, Tried]]) -> State:
-    """With what silos said; a candidate that does not fit some silo's rows is out of the running, and counted."""
-    known = tally.folded(state.known, wants, replies)
-    out = {c for i, c in enumerate(wants) if any(tried.unfit[i] for _, tried in replies)}
-    for c in sorted(out & set(state.running)):
-        progress.line(f"skipped, too long for some row: {shown(state.pool[c].template)}")
-    running = tuple(c for c in state.running if c not in out)
-    if not running:
-        raise RunError("no prompt fits the rows of every silo in the model's context; shorten the prompts or set data.max_words")
-    return replace(state, known=known, running=running, skipped=state.skipped + len(out & set(state.running)))
