@@ -83,3 +83,9 @@ def test_distributions_in_and_out(name: str, silos: int, places: int, outcomes: 
 def test_an_unknown_name_is_told_with_the_choices() -> None:
     with pytest.raises(UserError, match=r"did you mean 'median'"):
         consensus.find("medain")
+
+
+@pytest.mark.parametrize("gap", [1.0, 20.0, 500.0])
+def test_a_silo_that_speaks_alone_is_believed_however_bad_it_is(gap: float) -> None:
+    alone = torch.tensor([[True], [False], [False]])
+    close(consensus.validation(THREE, alone, torch.tensor([gap, 0.0, 0.0])), 0.9, 0.1)

@@ -316,6 +316,11 @@ def test_public_rows_of_a_file_of_their_own(tmp_path: Path) -> None:
     loaded = load(settings_for(source, public=bare), {}, 0)
     assert [(row.prompt, row.answer) for row in loaded.public] == [("all say\nMood:", ""), ("none say\nMood:", "")]
     assert loaded.silos == load(settings_for(source), {}, 0).silos
+    partly = write(tmp_path / "partly.jsonl", [{"text": "all say", "mood": "bad"}, {"text": "some say", "mood": ""}])
+    assert [row.answer for row in load(settings_for(source, public=partly), {}, 0).public] == ["bad", ""]
+    wordy = write(tmp_path / "wordy.jsonl", [{"text": "all of them say so today"}, {"text": "none say"}])
+    assert len(load(settings_for(source, public=wordy, max_words=5), {}, 0).public) == 1
+    assert "[data] public 'nowhere.jsonl'" in problem(settings_for(source, public="nowhere.jsonl"))
     lacking = write(tmp_path / "lacking.jsonl", [{"txt": "all say"}])
     assert "[data] public template: lacking.jsonl has no column 'text'" in problem(settings_for(source, public=lacking))
 

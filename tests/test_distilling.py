@@ -18,6 +18,7 @@ from fedtailor.data import Row, SiloData
 from fedtailor.distilling import NO_IDS, Pupil, Said, divergence, united
 from fedtailor.methods.lora import Lora
 from fedtailor.models import Resident
+from fedtailor.training import Local
 
 ROWS = tuple(Row(f"The {thing} was here.", "") for thing in ("bear", "old grey bear", "parcel", "tea of the day"))
 WORDS = {"one token": ("a", "b"), "several": ("bad", "good"), "one begins the other": ("go", "good")}
@@ -54,6 +55,10 @@ def test_the_rest_is_what_is_left() -> None:
     assert distilling.with_rest(logs([0.7, 0.31])).exp()[0].sum().item() == pytest.approx(1), "rounded beyond 1"
 
 
+def steps(count: int, size: int) -> Local:
+    return Local((0.01,) * count, size)
+
+
 def taught(resident: Resident, labels: tuple[str, ...], **more: Any) -> Pupil:
     return Pupil(resident, Lora(rank=2).put_on(resident, len(labels)), labels, **more)
 
@@ -77,7 +82,7 @@ def test_of_a_model_that_writes_the_loss_is_over_all_that_it_could_have_said(lla
     """Labels of one token: KL from (.3, .7) on their two tokens to the whole vocabulary."""
     pupil = taught(llama, ("a", "b"))
     said = Said(logs(*[[0.3, 0.7]] * len(ROWS)), NO_IDS)
-    (lesson,) = pupil.lessons(ROWS, said, torch.ones(4, dtype=torch.bool), [1] * 4, 1, 4, 0)[0]
+    (lesson,) = pupil.lessons(ROWS, said, torch.ones(4, dtype=torch.bool), [1] * 4, steps(1, 4), 0)[0]
     loss, places = pupil.losses(None, lesson)
     words = Answers(llama, pupil.tuned, None).scores([replace(row, answer="a") for row in ROWS], ("a", "b"))
     expected = sum(p * (math.log(p) - words[:, i].double()) for i, p in enumerate((0.3, 0.7))).sum()  # type: ignore[union-attr]
@@ -105,11 +110,13 @@ def test_lessons_are_drawn_in_turn_and_never_of_what_nobody_spoke_of(llama: Resi
     pupil = taught(llama, ("a", "b"))
     said = Said(torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]]).log(), NO_IDS)
     known = torch.tensor([True, False, True, True])
-    steps = pupil.lessons(ROWS, said, known, [1] * 4, 3, 2, 5)
-    firsts = [round(p, 1) for step in steps for p in step[0].said.logp.exp()[:, 0].tolist()]
-    assert len(steps) == 3
+    drawn = pupil.lessons(ROWS, said, known, [1] * 4, steps(3, 2), 5)
+    firsts = [round(p, 1) for step in drawn for p in step[0].said.logp.exp()[:, 0].tolist()]
+    assert len(drawn) == 3
     assert sorted(firsts[:3]) == sorted(firsts[3:]) == [0.1, 0.3, 0.4]
-    assert pupil.lessons(ROWS, said, torch.zeros(4, dtype=torch.bool), [1] * 4, 3, 2, 5) == []
+    assert pupil.lessons(ROWS, said, torch.zeros(4, dtype=torch.bool), [1] * 4, steps(3, 2), 5) == []
+    two = pupil.lessons(ROWS, said, known, [1] * 4, replace(steps(3, 2), accumulate=2), 5)
+    assert [len(parts) for parts in two] == [2, 2, 2]
 
 
 @residents
@@ -119,7 +126,7 @@ def test_a_pupil_learns_what_is_said(resident_of: Callable[[str], Resident], arc
     pupil, method = taught(resident, labels, kind=kind, temperature=2.0), Lora(rank=2, lr=0.03, local_steps=12, batch_size=4)
     said = Said(logs(*[[0.2, 0.8], [0.9, 0.1]] * 2), NO_IDS)
     start = method.initial(resident, pupil.tuned, 1)
-    drawn = [pupil.lessons(ROWS, said, torch.ones(4, dtype=torch.bool), [1] * 4, 12, 4, 0)]
+    drawn = [pupil.lessons(ROWS, said, torch.ones(4, dtype=torch.bool), [1] * 4, steps(12, 4), 0)]
     how = method.local((0.03,) * 12)
     done = training.train(resident, pupil, start, [(SiloData((), (), ()), 0)], how, [{}], drawn=drawn)  # type: ignore[arg-type]
     (lesson,) = drawn[0][0]
@@ -137,7 +144,7 @@ def test_a_pupil_learns_what_is_said_of_text(llama: Resident) -> None:
     said = Said(logs(*[[0.6, 0.2, 0.1]] * sum(counts)), ids)
     known = torch.ones(sum(counts), dtype=torch.bool)
     known[2] = False
-    drawn = [pupil.lessons(rows, said, known, counts, 12, 2, 0)]
+    drawn = [pupil.lessons(rows, said, known, counts, steps(12, 2), 0)]
     start = method.initial(llama, pupil.tuned, 1)
     done = training.train(llama, pupil, start, [(SiloData((), (), ()), 0)], method.local((0.03,) * 12), [{}], drawn=drawn)  # type: ignore[arg-type]
     (lesson,) = drawn[0][0]
@@ -175,3 +182,12 @@ def test_what_a_silo_does_not_speak_of_changes_nothing(name: str, text: bool) ->
         found.append(united([one, other], 2, consensus.find(name), spoken, torch.tensor([0.5, 0.6]))[0])
     assert torch.allclose(found[0].logp, found[1].logp)
     assert bool(found[0].logp.isfinite().all())
+
+
+def test_the_truth_blended_in_by_hand() -> None:
+    """Half of it to token 7, which is there; half to 9, which is not, and takes the place of the last."""
+    said = Said(logs([0.5, 0.2], [0.6, 0.3]), torch.tensor([[5, 7], [1, 2]], dtype=torch.int32))
+    found = distilling.blended(said, torch.tensor([7, 9], dtype=torch.int32), 0.5)
+    assert found.ids.tolist() == [[5, 7], [1, 9]]
+    assert found.logp.exp()[0].tolist() == pytest.approx([0.25, 0.6])
+    assert found.logp.exp()[1].tolist() == pytest.approx([0.3, 0.5])

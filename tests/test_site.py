@@ -60,6 +60,18 @@ def test_a_base_may_lie_elsewhere() -> None:
     assert site.base(Base("tiny")) == Base("tiny")
 
 
+def test_a_model_of_its_own_may_lie_elsewhere_too(tmp_path: Path) -> None:
+    site = Site("north", server_names_data=True, models={"minilm": "/models/here"})
+    rows = site.rows(shared(tmp_path), {"model": Base("minilm", layers=3), "trainer": {"name": "lora"}}, 0)
+    assert rows.settings == {"model": Base("/models/here", layers=3), "trainer": {"name": "lora"}}
+
+
+def test_public_rows_of_the_server_are_not_looked_for(tmp_path: Path) -> None:
+    """The file is the server's: it lies there, and a silo reads no file that a server names."""
+    asked = Data(**{**shared(tmp_path).__dict__, "public": "/etc/hostname"})
+    assert len(Site("north", server_names_data=True).rows(asked, {}, 0).train) > 20
+
+
 def test_a_file_is_read_with_paths_beside_it(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("a\n1\n")
     (tmp_path / "silo.toml").write_text('name = "north"\nallow = ["ours"]\n[data]\nsource = "mine.csv"\n')

@@ -14,14 +14,14 @@ from tokenizers import Tokenizer, decoders, trainers
 from tokenizers import models as kinds
 from tokenizers.pre_tokenizers import ByteLevel
 
-from fedtailor import distilling, models
+from fedtailor import distilling, models, wire
 from fedtailor.answering import Answers
 from fedtailor.data import Row, SiloData
 from fedtailor.engines.in_process import InProcess
 from fedtailor.errors import UserError
 from fedtailor.methods.distill import Distill
 from fedtailor.models import Base, Resident
-from fedtailor.studying import translated
+from fedtailor.studying import Spoken, translated
 
 ROWS = tuple(Row(f"The {thing} was", "here at last") for thing in ("parcel", "green boat", "old bear", "cup of tea"))
 METHOD = Distill(
@@ -96,10 +96,15 @@ def test_a_silo_with_another_tokenizer_takes_part(
     method = replace(METHOD, align=True)
     method.ready(llama, data)
     one = InProcess(data, {"base": llama}, public=SiloData(ROWS, (), ()), rounds=2)
+    heard = list[Spoken]()
+    one.record = lambda silo, way, body: (
+        heard.append(found) if silo == first and isinstance(found := wire.unpack(body), Spoken) else None
+    )
     state = method.begin(one.reach(0))
     for number in (1, 2):  # in the second it learns what the others said
         state = method.round(state, one.reach(number))
         one.commit()
     assert one.rejected == []
-    assert state.notes["declined_share"] > 0, "of places within its tokens it does not speak"
+    assert [len(body.spoken) for body in heard] == [56, 56]
+    assert all(0 < int(body.spoken.sum()) <= 16 for body in heard), "of places within its tokens it does not speak"
     assert torch.isfinite(torch.tensor(state.notes["student_loss"]))

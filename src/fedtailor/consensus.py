@@ -23,7 +23,8 @@ def mean(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
 
 def validation(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
     """In proportion to exp(-loss): a silo that answers its own rows well is believed more."""
-    return _weighed(probs, spoken.float() * (losses.min() - losses).exp()[:, None])
+    told = (-losses)[:, None].expand_as(spoken).masked_fill(~spoken, -torch.inf)
+    return _weighed(probs, told.softmax(0).nan_to_num(0.0))
 
 
 def entropy(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def names() -> set[str]:
 
 def _weighed(probs: Tensor, weights: Tensor) -> Tensor:
     """(S, P, C), (S, P) -> (P, C)"""
-    return _normal((probs * weights[..., None]).sum(0))
+    return _normal((probs * weights[..., None]).sum(0) / weights.sum(0).clamp(min=1e-30)[:, None])
 
 
 def _normal(probs: Tensor) -> Tensor:

@@ -184,13 +184,19 @@ def known_to_all(data: Data, labels: tuple[str, ...], seed: int) -> tuple[Row, .
     """The rows of `data.public`. A column of answers may be missing: then they have none."""
     if not data.public:
         return ()
-    table = sources.read(data.public, config="", revision="", split_column="")
+    try:
+        table = sources.read(data.public, config="", revision="", split_column="")
+    except UserError as error:
+        raise UserError(str(error).replace("[data] source", "[data] public")) from error
     answered = all(column in table.columns for column in (data.label or data.answer or data.messages,))
     if errors := [e for e in rows.lacking("[data] public", data, table) if answered or "template" in e or "image" in e]:
         raise UserError("\n".join(errors))
     if not answered and data.messages:
         raise UserError(f"[data] public: {table.name} has no column {data.messages!r}, which holds the turns")
-    many = [rows.make(data, labels, table, i, "public", answered) for i in range(len(table.rows))]
+    column = data.label or data.answer
+    told = [answered and (not column or bool(str(row.get(column) or "").strip())) for row in table.rows]
+    many = [rows.make(data, labels, table, i, "public", ok) for i, ok in enumerate(told)]
+    many = [row for row in many if not data.max_words or row.words() <= data.max_words]
     return _choose(many, data.max_public, seed, "public")
 
 

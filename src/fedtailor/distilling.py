@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fedtailor.answering import PLACES, Answers, encode, trainable, with_end, writing_batch
 from fedtailor.data import Row
+from fedtailor.errors import SiloError
 from fedtailor.models import Resident
+from fedtailor.training import Local
 from fedtailor.tuned import IGNORED, Batch, Tuned
 
 Divergence = Literal["forward", "reverse", "js"]
@@ -48,6 +50,18 @@ def with_rest(logp: Tensor) -> Tensor:
 def places(resident: Resident, rows: Sequence[Row], labels: Sequence[str]) -> list[int]:
     """How many places each row has."""
     return [1] * len(rows) if labels else [len(item.answer) for item in encode(resident, rows, stop=True)]
+
+
+def fitting(resident: Resident, rows: Sequence[Row], taken: int) -> list[bool]:
+    """Which of these rows are within the model's context, answer and end included, beside `taken` virtual tokens."""
+    found = []
+    for row in rows:
+        try:
+            encode(resident, [row], stop=True, taken=taken)
+            found.append(True)
+        except SiloError:
+            found.append(False)
+    return found
 
 
 @torch.no_grad()
@@ -159,22 +173,23 @@ class Pupil:
         return torch.tensor([one[0] for one in ids]) if all(len(one) == 1 for one in ids) else None
 
     def lessons(
-        self, rows: Sequence[Row], heard: Said, known: Tensor, counts: Sequence[int], steps: int, size: int, seed: int
+        self, rows: Sequence[Row], heard: Said, known: Tensor, counts: Sequence[int], how: Local, seed: int
     ) -> list[list[Lesson]]:
-        """`steps` batches of `size` rows, drawn without replacement until there are no more, then anew; those without a
-        place that is known are never drawn. `counts`: places of each row."""
+        """The batches of all steps, drawn without replacement until there are no more rows, then anew; those without a place
+        that is known are never drawn. `counts`: places of each row."""
+        size, passes = how.batch_size, len(how.lrs) * how.accumulate
         ends = torch.tensor(counts).cumsum(0).tolist()
         spans = [torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)]
         usable = [i for i, span in enumerate(spans) if bool(known[span].any())]
         dice, order = torch.Generator().manual_seed(seed % 2**63), list[int]()
-        while usable and len(order) < steps * size:
+        while usable and len(order) < passes * size:
             order += [usable[i] for i in torch.randperm(len(usable), generator=dice).tolist()]
         found = []
-        for begin in range(0, len(order[: steps * size]), size):
+        for begin in range(0, len(order[: passes * size]), size):
             chosen = order[begin : begin + size]
             at = torch.cat([spans[i] for i in chosen])
-            found.append([Lesson(self._batch([rows[i] for i in chosen]), heard.at(at), known[at].float())])
-        return found
+            found.append(Lesson(self._batch([rows[i] for i in chosen]), heard.at(at), known[at].float()))
+        return [found[i : i + how.accumulate] for i in range(0, len(found), how.accumulate)]
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         resident, labels, taken = self.resident, self.labels, self.shift
@@ -202,6 +217,16 @@ def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
         size = max(1, PLACES // lengths[order[0]])
         yield order[:size]
         order = order[size:]
+
+
+def blended(heard: Said, true: Tensor, share: float) -> Said:
+    """What is said of text, with `share` of the probability given to the true tokens, (P,) int32. One that was not among the
+    likeliest takes the place of the last."""
+    ids, probs = heard.ids.clone(), heard.logp.float().exp().masked_fill(heard.ids < 0, 0.0)
+    missing = ~(ids == true[:, None]).any(1)
+    ids[missing, -1], probs[missing, -1] = true[missing], 0.0
+    probs = (1 - share) * probs + share * (ids == true[:, None])
+    return Said(probs.clamp(min=1e-12).log(), ids)
 
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]

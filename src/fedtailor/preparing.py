@@ -9,6 +9,7 @@ from fedtailor import data as rows_of
 from fedtailor.data import SILO_FIELDS, Row, SiloData
 from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.experiment import Experiment
+from fedtailor.rows import digest, plain
 
 
 def prepare(experiment: Experiment, afar: Sequence[str] = ()) -> tuple[rows_of.Loaded, models.Resident]:
@@ -21,6 +22,9 @@ def prepare(experiment: Experiment, afar: Sequence[str] = ()) -> tuple[rows_of.L
     taken = 0
     if hasattr(experiment.method, "put_on"):
         taken = experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values())).shift
+    if loaded.public and hasattr(experiment.method, "suited"):
+        labels = next((rows.labels for rows in loaded.silos.values() if rows.labels), ())
+        experiment.method.suited(resident, loaded.public, labels)
     if afar and hasattr(experiment.method, "ready"):
         experiment.method.ready(resident, loaded.silos)
     for seed in () if afar else experiment.seeds:  # another seed deals other rows, and draws other examples
@@ -41,8 +45,9 @@ def kept_afar(experiment: Experiment, silos: Sequence[str]) -> rows_of.Loaded:
     if experiment.data.public_fraction:
         raise UserError("[data] public_fraction holds out rows of one table: over a federation name the server's with public")
     public = rows_of.known_to_all(experiment.data, labels, experiment.seeds[0])
+    of_public = digest([plain(row) for row in public]) if public else ""
     own = {name: {k: v for k, v in settings.items() if k not in SILO_FIELDS} for name, settings in experiment.silo.items()}
-    return rows_of.Loaded({name: SiloData((), (), (), labels, own.get(name, {})) for name in silos}, "", {}, public)
+    return rows_of.Loaded({name: SiloData((), (), (), labels, own.get(name, {})) for name in silos}, of_public, {}, public)
 
 
 def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -157,7 +158,11 @@ class Seed:
         own = {}
         if federated and hasattr(method, "own"):
             asked = engine.reach(experiment.rounds + 1, disturbed=False)
+            before = len(engine.rejected)
             own = {"own": scoring.summary(method.own(asked, "test", experiment.evaluate.max_new_tokens))}
+            missing = {f"{silo}: its own model is not in the figures: {why}": 1 for _, silo, why in engine.rejected[before:]}
+            rejected, up_down = rejected | missing, engine.traffic.take()
+            traffic = traffic[0] + up_down[0], traffic[1] + up_down[1]
         sums = {name: sum(entry.get(name, 0) for entry in report.log) for name in ADDED}
         sums["evaluation_seconds"] += time.perf_counter() - began
         sums["evaluation_bytes_up"] += traffic[0]
@@ -310,13 +315,15 @@ class Recorder:
         self.count += 1
 
 
-TOLD = ("model_calls", "epsilon", "public_distance", "declined_share")  # of a round's notes, what is so of the whole run
+TOLD = ("model_calls", "epsilon")  # of the last round's notes, what is so of the whole run
+MEANS = ("public_distance", "declined_share")  # what is told as the mean of all rounds
 
 
 def _told(report: Report) -> dict[str, Any]:
     """Of a search: calls and epsilon of the whole of it, and the prompt that it found. Of distillation, what public rows were."""
     last = report.log[-1]
     found: dict[str, Any] = {name: last[name] for name in TOLD if name in last}
+    found |= {name: statistics.fmean(told) for name in MEANS if (told := [one[name] for one in report.log if name in one])}
     prompt = getattr(report.served, "prompt", None)
     return found if prompt is None else {**found, "prompt": prompt.template}
 

@@ -19,6 +19,7 @@ from fedtailor.errors import SiloError
 from fedtailor.evaluate import Counts, Evaluate, evaluate_many
 from fedtailor.models import Resident
 from fedtailor.proxies import distance
+from fedtailor.rows import digest
 from fedtailor.tuned import Tensors
 
 if TYPE_CHECKING:
@@ -57,18 +58,20 @@ class Study:
     texts: tuple[tuple[Row, ...], ...] = ()  # share = "texts": `past` as each silo answered it
     places: int = 0  # of `rows`, in the student's tokens
     outcomes: int = 0  # said of each: the labels, or the likeliest tokens
+    tokens: int = 0  # of the student's vocabulary; 0: of labels none are told
 
 
 @dataclass(frozen=True)
 class Spoken:
     """Up: what this silo's model says of the public rows; of private rows two mean losses alone.
 
-    It does not speak of rows that it holds itself, so the server learns which public rows those are. A model's opinion of
+    It says which public rows it holds itself, in whichever split: nobody then learns from these. A model's opinion of
     public rows can tell of the rows it was trained on, as a gradient can: this is no anonymity.
     """
 
     said: Said  # fp16
     spoken: Tensor  # (P,) bool
+    held: Tensor  # (rows,) bool: which of the public rows it holds itself
     loss: float  # mean, of training
     val_loss: float  # of validation rows, where consensus = "validation" asks for it; else of training
     rows: int  # trained on this round
@@ -81,14 +84,18 @@ class Spoken:
             return "a loss is not finite: lower the trainer's lr"
         if not 0 <= self.distance <= 1:
             return f"a distance of {self.distance}"
+        if self.held.shape != (len(asked.rows),) or self.held.dtype != torch.bool:
+            return f"says of {len(self.held)} of {len(asked.rows)} rows whether it holds them"
         if asked.method.share == "texts":
             return None if len(self.texts) == len(asked.rows) else f"{len(self.texts)} answers to {len(asked.rows)} rows"
         logp = self.said.logp.float()
         size = (asked.places, asked.outcomes)
         if logp.shape != size or self.spoken.shape != size[:1] or self.spoken.dtype != torch.bool:
             return f"says {tuple(logp.shape)}, of {tuple(self.spoken.shape)} whether: asked {size}"
-        if self.said.ids.shape not in ((0, 0), size):
-            return f"tokens {tuple(self.said.ids.shape)}, asked {size}"
+        if (ids := self.said.ids).shape != (size if asked.tokens else (0, 0)) or ids.dtype != torch.int32:
+            return f"tokens {tuple(ids.shape)} of {ids.dtype}: asked {size if asked.tokens else 'none'}"
+        if asked.tokens and (bool((ids < -1).any()) or bool((ids >= asked.tokens).any()) or _twice(ids)):
+            return "tokens that the student has not, or one of them twice at a place"
         if not bool(logp[self.spoken].isfinite().all()):
             return "log-probabilities are not finite"
         if bool((logp > 0.01).any()) or bool((logp[self.spoken].exp().sum(1) > 1.02).any()):
@@ -112,7 +119,7 @@ def study(silo: Silo, body: Study) -> Spoken:
     own = silo.memory.get("own") or trainer.initial(base, tuned, silo.seed)
     kept = silo.memory if trainer.optimizer_state == "keep" else {}
     own, moments = _digested(mine, trainer, base, silo, body, own, kept.get("digested", {}))
-    if kept:
+    if trainer.optimizer_state == "keep":
         silo.memory["digested"] = moments
     how = trainer.local(trainer.lrs(number, body.rounds))
     done = training.train(base, tuned, own, [(silo.data, silo.seed)], how, [kept.get("moments", {})])
@@ -128,16 +135,22 @@ def study(silo: Silo, body: Study) -> Spoken:
         counts = _examined(silo, model, "val", 1, generate=False)
         val_loss = counts.nll / max(counts.places, 1)
     apart = distance(silo.models["base"].tokenizer, body.rows, silo.data.train)
-    held = {_content(row) for part in (silo.data.train, silo.data.val, silo.data.test) for row in part}
-    free = [_content(row) not in held for row in body.rows]
+    mine_all = {_content(row) for part in (silo.data.train, silo.data.val, silo.data.test) for row in part}
+    free = [_content(row) not in mine_all for row in body.rows]
+    held = ~torch.tensor(free, dtype=torch.bool)
     if body.method.share == "texts":
         texts = iter(model.generate([row for row, ok in zip(body.rows, free, strict=True) if ok], max_new_tokens=WRITES))
         told = tuple(next(texts) if ok else "" for ok in free)
         nothing = Said(torch.zeros(0, 0), NO_IDS)
-        return Spoken(nothing, torch.zeros(0, dtype=torch.bool), done.loss[0], val_loss, seen, apart, told)
+        return Spoken(nothing, torch.zeros(0, dtype=torch.bool), held, done.loss[0], val_loss, seen, apart, told)
     says, spoken = _spoken(mine, silo, model, body.rows, free)
     says = Said(says.logp.clamp(min=-60.0).half(), says.ids)
-    return Spoken(says, spoken, done.loss[0], val_loss, seen, apart)
+    return Spoken(says, spoken, held, done.loss[0], val_loss, seen, apart)
+
+
+def _twice(ids: Tensor) -> bool:
+    ranked = ids.sort(1).values
+    return bool(((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any())
 
 
 @dataclass(frozen=True)
@@ -184,11 +197,13 @@ def _digested(
     how, pupil = trainer.local(lrs), mine.pupil(base, trainer, labels)
     seed, taught, drawn, data = silo.seed + 1, cast(Any, pupil), None, SiloData((), (), ())
     if body.method.share == "texts":
-        data = SiloData(tuple(row for some in body.texts for row in some), (), ())
+        told = [row for some in body.texts for row in some]
+        fits = distilling.fitting(base, told, pupil.shift)
+        data = SiloData(tuple(row for row, ok in zip(told, fits, strict=True) if ok), (), ())
         taught = pupil.tuned
     else:
         heard, known, counts = _heard(mine, silo, base, body)
-        drawn = [pupil.lessons(body.past, heard, known, counts, steps, how.batch_size, seed)]
+        drawn = [pupil.lessons(body.past, heard, known, counts, how, seed)]
     if (drawn is not None and not drawn[0]) or (drawn is None and not data.train):
         return own, moments
     done = training.train(base, taught, own, [(data, seed)], how, [moments], drawn=drawn)
@@ -248,7 +263,5 @@ def _spans(resident: Resident, row: Row) -> list[tuple[int, int]]:
 
 
 def _content(row: Row) -> str:
-    """What makes a row the same as another: what is asked, without the answer."""
-    from fedtailor.rows import digest
-
-    return digest(" ".join(row.prompt.split()), row.messages)
+    """What makes a row the same as another: what is asked, without the template's words around it and the answer."""
+    return digest(" ".join(row.input.split()), row.messages)

@@ -50,8 +50,11 @@ class Site:
             raise UserError(f"[data] source is missing: a silo names its own rows in silo.toml, {told}")
         alone = "source" in self.data and "silo_column" not in self.data
         all_mine = {"partition": "column", "silos": None, "silo_column": self.name} if alone else {}
-        mine: Data = _checked(Data, {**asdict(asked), **self.data, **all_mine}, "[data]")
-        overrides = {k: v for k, v in settings.items() if k not in self.data}
+        servers = {"public": "", "public_fraction": 0.0}  # its public rows come with its requests
+        mine: Data = _checked(Data, {**asdict(asked), **servers, **self.data, **all_mine}, "[data]")
+        overrides = {
+            k: self.base(v) if isinstance(v, Base) else v for k, v in settings.items() if k not in self.data
+        }
         loaded = rows_of.load(mine, {self.name: overrides} if overrides else {}, seed, owner=self.name if alone else "")
         if self.name not in loaded.silos:
             raise UserError(f"[data]: no row is silo {self.name!r}'s{suggest(self.name, loaded.silos)}")

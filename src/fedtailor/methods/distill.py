@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedtailor import consensus, distilling, find, models, progress, training
-from fedtailor.answering import Answers
+from fedtailor.answering import Answers, encode
 from fedtailor.core import Ask, Method, Silo
 from fedtailor.data import Row, SiloData
 from fedtailor.distilling import NO_IDS, Divergence, Pupil, Said
@@ -97,6 +97,10 @@ class Distill(Method[State]):
         return not self.generated
 
     @property
+    def warmup_rounds(self) -> float:
+        return max(self.trains.warmup_rounds, self.teaches.warmup_rounds)
+
+    @property
     def trains(self) -> Averaging:
         return _trainer(self.trainer, "trainer")
 
@@ -106,6 +110,8 @@ class Distill(Method[State]):
 
     def ready(self, resident: Resident, silos: Mapping[str, Any]) -> None:
         """Raises UserError for whatever can be known to fail before a model is trained."""
+        from fedtailor import preparing  # which knows of methods
+
         targets.claimed(self, resident)
         labels = max((len(rows.labels) for rows in silos.values()), default=0)
         self.teaches.put_on(resident, labels)
@@ -123,11 +129,31 @@ class Distill(Method[State]):
                 raise UserError(f"[silo.{name}] model: {base.source} is a {base.kind} model; choose one of {', '.join(self.FOR)}")
             if base.classifier and not labels:
                 raise UserError(f"[silo.{name}] model: {base.source} tells labels, it writes no text; choose a causal model")
-            mine.trains.put_on(base, labels)
+            tuned = mine.trains.put_on(base, labels)
+            preparing.fits(base, {name: rows}, taken=tuned.shift)
             if not labels and self.share == "logits" and not self.align and base.tokenizer_sha256 != resident.tokenizer_sha256:
                 raise UserError(
                     f"[silo.{name}] model: its tokenizer is not the student's; set method.align = true, or method.share = 'texts'"
                 )
+
+    def suited(self, resident: Resident, public: Sequence[Row], labels: Sequence[str]) -> None:
+        """Raises UserError for public rows that cannot be asked about."""
+        if self.truth and not any(row.answer for row in public):
+            raise UserError(f"[method] truth = {self.truth:g}: no public row has an answer; leave it out")
+        if not labels and self.share == "logits" and not all(row.answer for row in public):
+            raise UserError(
+                "[data] public: silos speak at the tokens of each row's answer, and some have none: name rows with answers by "
+                "public (public_fraction holds them out without), or set method.share = 'texts'"
+            )
+        if resident.classifier:
+            return
+        longest = max(labels, key=len, default="")
+        asked = [replace(row, answer=row.answer or longest) for row in public]
+        taken = self.teaches.put_on(resident, len(labels)).shift
+        for number, ok in enumerate(distilling.fitting(resident, asked, taken), 1):
+            if not ok:
+                why = f"more tokens than the model's context of {resident.context}; shorten it, or set data.max_words"
+                raise UserError(f"[data] public, row {number}: {why}")
 
     def mine(self, settings: Mapping[str, Any]) -> Distill:
         """With a silo's own settings."""
@@ -153,8 +179,6 @@ class Distill(Method[State]):
         tensors = teaches.initial(resident, teaches.put_on(resident, len(labels)), ask.here.seed)
         counts = [0] * len(public)
         if self.share == "logits":
-            if not labels and not all(row.answer for row in public):
-                raise UserError("[data] public: rows of text need answers, at whose tokens silos speak; or share = 'texts'")
             counts = distilling.places(resident, public, labels)
         wide = len(labels) or self.top
         heard = Said(torch.zeros(sum(counts), wide), NO_IDS if labels else torch.full((sum(counts), wide), -1, dtype=torch.int32))
@@ -170,6 +194,7 @@ class Distill(Method[State]):
             self, tuple(_bare(rows[i], self.share) for i in chosen), ask.round, ask.rounds, past,
             self._back(state, ask.here, past, at), state.known[at], _retold(state, rows),
             sum(state.counts[i] for i in chosen), state.heard.logp.shape[1],
+            0 if state.labels else len(ask.here.models["base"].tokenizer),
         )  # fmt: skip
         replies = [reply.body for reply in ask(study, body)]
         state = self._written(state, chosen, replies) if self.share == "texts" else self._heard(state, chosen, replies)
@@ -204,7 +229,8 @@ class Distill(Method[State]):
         n, wide = self.public_rows, labels or self.top
         ids = NO_IDS if labels else torch.zeros(n, wide, dtype=torch.int32)
         says = Said(torch.zeros(n, wide, dtype=torch.float16), ids)
-        return Spoken(says, torch.ones(n, dtype=torch.bool), 1.2345678901234567, 1.2345678901234567, 64, 0.12345678901234567)
+        flags = torch.ones(n, dtype=torch.bool)
+        return Spoken(says, flags, flags, 1.2345678901234567, 1.2345678901234567, 64, 0.12345678901234567)
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """As the student's trainer does."""
@@ -241,8 +267,10 @@ class Distill(Method[State]):
         losses, spoken = torch.tensor([r.val_loss for r in replies]), torch.stack([r.spoken for r in replies])
         way = consensus.find(self.consensus)
         whole, known = distilling.united([r.said for r in replies], self.top, way, spoken, losses)
+        held = torch.stack([r.held for r in replies]).any(0)
+        taken = held.repeat_interleave(torch.tensor([state.counts[i] for i in chosen]))  # of what a silo holds nobody learns
         logp, ids, all_known = state.heard.logp.clone(), state.heard.ids.clone(), state.known.clone()
-        all_known[at] = known | state.known[at]
+        all_known[at] = (known | state.known[at]) & ~taken
         logp[at] = torch.where(known[:, None], whole.logp, state.heard.logp[at])  # nobody spoke this time: what is known stays
         if ids.numel():
             ids[at] = torch.where(known[:, None], whole.ids, state.heard.ids[at])
@@ -250,8 +278,10 @@ class Distill(Method[State]):
 
     def _written(self, state: State, chosen: Sequence[int], replies: Sequence[Spoken]) -> State:
         told = dict(state.texts)
+        held = torch.stack([r.held for r in replies]).any(0).tolist()
         for place, i in enumerate(chosen):
-            told[i] = tuple(text for r in replies if (text := r.texts[place].strip())) or told.get(i, ())
+            texts = tuple(text for r in replies if (text := r.texts[place].strip()))
+            told[i] = () if held[place] else texts or told.get(i, ())
         return replace(state, texts=tuple(sorted(told.items())))
 
     def _taught(self, state: State, ask: Ask) -> tuple[State, float, int]:
@@ -264,14 +294,15 @@ class Distill(Method[State]):
         drawn, data = None, SiloData((), (), ())
         taught: Any = pupil
         if self.share == "texts":
-            data = SiloData(tuple(row for some in _retold(replace(state, latest=tuple(i for i, _ in state.texts)), rows)
-                                  for row in some), (), ())  # fmt: skip
+            told = [row for some in _retold(replace(state, latest=tuple(i for i, _ in state.texts)), rows) for row in some]
+            fits = distilling.fitting(resident, told, pupil.shift)  # an answer may be any length
+            data = SiloData(tuple(row for row, ok in zip(told, fits, strict=True) if ok), (), ())
             taught = pupil.tuned
             if not data.train:
                 return state, math.nan, 0
         else:
-            heard = self._true(state, rows)
-            drawn = [pupil.lessons(rows, heard, state.known, state.counts, len(how.lrs), how.batch_size, seed)]
+            heard = self._true(state, rows, resident)
+            drawn = [pupil.lessons(rows, heard, state.known, state.counts, how, seed)]
             if not drawn[0]:
                 return state, math.nan, 0
         done = training.train(resident, cast(Any, taught), state.tensors, [(data, seed)], how, [moments], drawn=drawn)
@@ -281,10 +312,13 @@ class Distill(Method[State]):
         tensors = {n: t[0].cpu() for n, t in done.tensors.items()}
         return replace(state, tensors=tensors, moments=kept), done.loss[0], len(how.lrs)
 
-    def _true(self, state: State, rows: Sequence[Row]) -> Said:
-        """What silos say of labels, with `truth` of the answers that the rows have."""
-        if not self.truth or not state.labels:
+    def _true(self, state: State, rows: Sequence[Row], resident: Resident) -> Said:
+        """What silos say, with `truth` of the answers that the rows have."""
+        if not self.truth:
             return state.heard
+        if not state.labels:
+            true = [t for item in encode(resident, rows, stop=True) for t in item.answer]
+            return distilling.blended(state.heard, torch.tensor(true, dtype=torch.int32), self.truth)
         probs = state.heard.whole().exp()
         for i, row in enumerate(rows):
             if row.answer in state.labels:
@@ -293,19 +327,30 @@ class Distill(Method[State]):
         return Said(probs.clamp(min=distilling.LEAST).log(), NO_IDS)
 
 
+OF_THE_SERVER = frozenset(
+    {"aggregate", "weigh", "scaffold", "max_delta_norm", "combine", "gap"}
+    | {f.name for f in fields(Averaging) if f.name.startswith("server_")}
+)
+
+
 def _trainer(table: Mapping[str, Any], what: str) -> Averaging:
     """The method that a table names. Raises ValueError."""
     settings = {key: value for key, value in table.items() if key != "name"}
-    try:
-        kind = find.method(str(table.get("name")))
-    except UserError as error:
-        raise ValueError(f"{what}: {error}".replace("method.name", "name")) from None
+    known = [name for name, one in find.methods().items() if issubclass(one, Averaging)]
+    if "name" not in table:
+        raise ValueError(f"{what} needs a name{suggest('', known)}; a silo's table replaces all of [method.{what}]")
+    name = str(table["name"])
+    if name not in known and ":" not in name:
+        raise ValueError(f"{what}: {name!r} is no method that trains{suggest(name, known)}")
+    kind = find.method(name)
     if not issubclass(kind, Averaging):
-        known = [name for name, one in find.methods().items() if issubclass(one, Averaging)]
-        raise ValueError(f"{what}: {table.get('name')!r} does not train{suggest('', known)}")
+        raise ValueError(f"{what}: {name!r} is no method that trains{suggest(name, known)}")
     names = {f.name for f in fields(kind)}
     if unknown := [key for key in settings if key not in names]:
         raise ValueError(f"{what} has no setting {unknown[0]!r}{suggest(unknown[0], names)}")
+    for key in settings:
+        if key in OF_THE_SERVER:
+            raise ValueError(f"{what} {key}: is for a server that averages changes, and here none does; leave it out")
     try:
         return TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
@@ -332,6 +377,5 @@ def _retold(state: State, rows: Sequence[Row]) -> tuple[tuple[Row, ...], ...]:
 
 
 def _declined(replies: Sequence[Spoken]) -> float:
-    """The mean share of a round's places that a silo did not speak of."""
-    shares = [1 - float(r.spoken.float().mean()) if len(r.spoken) else r.texts.count("") / max(len(r.texts), 1) for r in replies]
-    return math.fsum(shares) / max(len(shares), 1)
+    """The mean share of a round's rows that a silo holds itself."""
+    return statistics.fmean(float(r.held.float().mean()) for r in replies)
