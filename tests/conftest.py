@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,8 @@ from flares import flare as flare
 from tiny_runs import conduct
 
 LABELS = ("bad", "good")
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 _tiny = cache(tiny)
 
 
