@@ -32,7 +32,7 @@ def found(table: dict[str, Any], folder: Path) -> None:
     for part, key, names in named_so:
         settings = table.get(part)
         named = settings.get(key) if isinstance(settings, dict) else None
-        if isinstance(settings, dict) and isinstance(named, str) and named not in names:
+        if isinstance(settings, dict) and isinstance(named, str) and named and named not in names:
             there = next((p for p in (Path(named).expanduser(), folder / named) if p.exists()), None)
             if there is not None:
                 settings[key] = str(there.resolve())
