@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import torch
 
 from fedtailor.data import Row, SiloData
+from fedtailor.engines.in_process import InProcess
+from fedtailor.methods.search import Search, State
 from fedtailor.models import Resident
 from fedtailor.tiny import tiny
-from fedtailor.trying import Tried
+from fedtailor.trying import TOGETHER, Tried
 
 LABELS = ("poor", "good")  # of as many letters: a tiny model prefers the shorter
 THINGS = ("tea", "parcel", "bear", "train", "lamp", "letter", "garden", "river", "ticket", "window")
@@ -61,3 +64,13 @@ def told(sums: list[float], squares: list[float], counts: list[int], unfit: list
     """A silo's reply, written down."""
     numbers = torch.tensor(sums, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
     return Tried(*numbers, torch.tensor(counts), tuple(unfit or [False] * len(sums)))
+
+
+def searched(base: Resident, data: Mapping[str, SiloData], method: Search, rounds: int = 1, seed: int = 0) -> State:
+    engine = InProcess(data, {"base": base}, seed=seed, rounds=rounds, cohort=TOGETHER)
+    state = method.begin(engine.reach(0))
+    for number in range(1, rounds + 1):
+        state = method.round(state, engine.reach(number))
+        engine.commit()
+    assert engine.rejected == []
+    return state

@@ -189,7 +189,8 @@ def known_to_all(data: Data, labels: tuple[str, ...], seed: int) -> tuple[Row, .
     except UserError as error:
         raise UserError(str(error).replace("[data] source", "[data] public")) from error
     answered = all(column in table.columns for column in (data.label or data.answer or data.messages,))
-    if errors := [e for e in rows.lacking("[data] public", data, table) if answered or "template" in e or "image" in e]:
+    needed = [("template", column) for column in rows.columns(data.template)] + [("image", data.image)] * bool(data.image)
+    if errors := [error for what, column in needed for error in rows.missing(f"[data] public {what}", column, table)]:
         raise UserError("\n".join(errors))
     if not answered and data.messages:
         raise UserError(f"[data] public: {table.name} has no column {data.messages!r}, which holds the turns")

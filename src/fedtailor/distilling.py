@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fedtailor import training
 from fedtailor.answering import PLACES, Answers, encode, trainable, with_end, writing_batch
-from fedtailor.data import Row
+from fedtailor.data import Row, SiloData
 from fedtailor.errors import SiloError
 from fedtailor.models import Resident
 from fedtailor.training import Local
-from fedtailor.tuned import IGNORED, Batch, Tuned
+from fedtailor.tuned import IGNORED, Batch, Tensors, Tuned
 
 Divergence = Literal["forward", "reverse", "js"]
 NO_IDS = torch.zeros(0, 0, dtype=torch.int32)
@@ -156,7 +158,7 @@ class Pupil:
             return tuned.logits(tensors, batch).float()
         if not self.labels:
             return _told(tuned.logits(tensors, batch), batch)
-        if (ids := self._words()) is not None:  # each label is one token: one pass answers for all
+        if (ids := self._words) is not None:  # each label is one token: one pass answers for all
             last = tuned.using(tensors, batch.input_ids, batch.attention_mask, batch.position_ids, 1)[0][:, -1]
             return last.float().log_softmax(-1)[:, ids.to(last.device)]  # type: ignore[no-any-return]
         # (rows * labels, K): each row with each label said after it
@@ -165,6 +167,7 @@ class Pupil:
         picked = logp.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0].masked_fill(gone, 0)
         return picked.sum(1).view(-1, len(self.labels))
 
+    @cached_property
     def _words(self) -> Tensor | None:
         """The token of each label; None where one has several."""
         if self.resident.kind == "seq2seq" or with_end(self.resident, self.labels):
@@ -191,13 +194,27 @@ class Pupil:
             found.append(Lesson(self._batch([rows[i] for i in chosen]), heard.at(at), known[at].float()))
         return [found[i : i + how.accumulate] for i in range(0, len(found), how.accumulate)]
 
+    def learn(
+        self, start: Tensors, how: Local, moments: Mapping[str, Tensor], seed: int,
+        lessons: list[list[Lesson]] | None, told: Sequence[Row],
+    ) -> training.Outcome | None:  # fmt: skip
+        """Training from `start` on lessons, or, where these are None, on rows as they were answered in text, those that fit the
+        context: an answer may be any length. None: there is nothing to learn from."""
+        taught: Any = self if lessons is not None else self.tuned
+        fits = fitting(self.resident, told, self.shift)
+        data = SiloData(tuple(row for row, ok in zip(told, fits, strict=True) if ok), (), ())
+        if not (lessons or data.train):
+            return None
+        drawn = None if lessons is None else [lessons]
+        return training.train(self.resident, taught, start, [(data, seed)], how, [moments], drawn=drawn)
+
     def _batch(self, rows: Sequence[Row]) -> Batch:
         resident, labels, taken = self.resident, self.labels, self.shift
         if not labels or self.resident.classifier:
             asked = [replace(row, answer=labels[0]) for row in rows] if labels else rows
             items, make = trainable(resident, asked, labels, taken)
             return make(items)
-        if self._words() is not None:
+        if self._words is not None:
             prompts = encode(resident, [replace(row, answer="") for row in rows], stop=False, taken=taken)
             return writing_batch(resident)([replace(item, answer=[]) for item in prompts])
         stop = with_end(resident, labels)

@@ -15,6 +15,7 @@ from fedtailor.privacy import Noise
 
 TOLD = "told"  # of a silo's memory: what stands under this key is kept even where the rest goes back to an earlier round
 
+
 @dataclass(frozen=True)
 class Limits:
     """The [limits] of a silo.toml. They hold in every run; the account that `epsilon` bounds begins anew with each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtailor import aligning, distilling, training
 from fedtailor.answering import Answers, written
 from fedtailor.core import Ask, Silo, in_silo
-from fedtailor.data import Row, SiloData
+from fedtailor.data import Row
 from fedtailor.distilling import NO_IDS, Said
 from fedtailor.errors import SiloError
 from fedtailor.evaluate import Counts, Evaluate, evaluate_many
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedtailor.methods.averaging import Averaging
     from fedtailor.methods.distill import Distill
 
+_TABLES: dict[tuple[str, str], aligning.Vocabulary] = {}  # of public vocabularies: nothing of any silo's
 WRITES = 64  # tokens of an answer at most, where silos answer in text
 
 
@@ -38,10 +39,9 @@ class Meet:
 
 @dataclass(frozen=True)
 class Met:
-    """Up: the label words, and how many numbers the silo trains. No row is read."""
+    """Up: the label words, of a silo whose model could be loaded and trained. No row is read."""
 
     labels: tuple[str, ...]
-    trained: int
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Spoken:
 def meet(silo: Silo, body: Meet) -> Met:
     mine = body.method.mine(silo.data.settings)
     base = mine.base(silo.models["base"])
-    tuned = mine.trains.put_on(base, len(silo.data.labels))
-    return Met(silo.data.labels, sum(t.numel() for t in tuned.tensors().values()))
+    mine.trains.put_on(base, len(silo.data.labels))
+    return Met(silo.data.labels)
 
 
 @in_silo
@@ -195,18 +195,13 @@ def _digested(
     if not steps or not body.past:
         return own, moments
     how, pupil = trainer.local(lrs), mine.pupil(base, trainer, labels)
-    seed, taught, drawn, data = silo.seed + 1, cast(Any, pupil), None, SiloData((), (), ())
-    if body.method.share == "texts":
-        told = [row for some in body.texts for row in some]
-        fits = distilling.fitting(base, told, pupil.shift)
-        data = SiloData(tuple(row for row, ok in zip(told, fits, strict=True) if ok), (), ())
-        taught = pupil.tuned
-    else:
-        heard, known, counts = _heard(mine, silo, base, body)
-        drawn = [pupil.lessons(body.past, heard, known, counts, how, seed)]
-    if (drawn is not None and not drawn[0]) or (drawn is None and not data.train):
+    lessons, seed = None, silo.seed + 1
+    if body.method.share == "logits":
+        heard, known, counts = _heard(silo, base, body)
+        lessons = pupil.lessons(body.past, heard, known, counts, how, seed)
+    done = pupil.learn(own, how, moments, seed, lessons, [row for some in body.texts for row in some])
+    if done is None:
         return own, moments
-    done = training.train(base, taught, own, [(data, seed)], how, [moments], drawn=drawn)
     if done.failed[0] is not None:
         raise SiloError(f"learning from the others: {done.failed[0]}".replace("method.lr", "the trainer's lr"))
     return {n: t[0].cpu() for n, t in done.tensors.items()}, training.moments_of(done, 0)
@@ -214,19 +209,19 @@ def _digested(
 
 def _spoken(mine: Distill, silo: Silo, model: Answers, rows: Sequence[Row], free: Sequence[bool]) -> tuple[Said, Tensor]:
     """What the silo's model says, at the student's places, and of which of them it speaks."""
-    labels, student = silo.data.labels, silo.models["base"]
+    labels, student, base = silo.data.labels, silo.models["base"], model.resident
     says = distilling.said(model, rows, labels, mine.top, mine.temperature)
-    counts = distilling.places(model.resident, rows, labels)
-    if labels or model.resident.tokenizer_sha256 == student.tokenizer_sha256:
-        return says, torch.tensor([ok for ok, n in zip(free, counts, strict=True) for _ in range(n)], dtype=torch.bool)
+    counts = distilling.places(student, rows, labels)
+    spoken = torch.tensor(free, dtype=torch.bool).repeat_interleave(torch.tensor(counts))
+    if labels or base.tokenizer_sha256 == student.tokenizer_sha256:
+        return says, spoken
     if not mine.align:
         raise SiloError("its tokenizer is not the student's: set method.align = true, or method.share = 'texts'")
-    says, spoken = translated(says, rows, model.resident, student)
-    theirs = distilling.places(student, rows, labels)
-    return says, spoken & torch.tensor([ok for ok, n in zip(free, theirs, strict=True) for _ in range(n)], dtype=torch.bool)
+    says, told = translated(says, rows, base, student)
+    return says, spoken & told
 
 
-def _heard(mine: Distill, silo: Silo, base: Resident, body: Study) -> tuple[Said, Tensor, list[int]]:
+def _heard(silo: Silo, base: Resident, body: Study) -> tuple[Said, Tensor, list[int]]:
     """What all said of the last rows at the places of the silo's own tokenizer, of which anyone spoke, and how many a row has."""
     labels, student = silo.data.labels, silo.models["base"]
     counts = distilling.places(base, body.past, labels)
@@ -241,7 +236,7 @@ def translated(
 ) -> tuple[Said, Tensor]:
     """What is said with `mine`'s tokens at its places, with `theirs` tokens at theirs; and at which of those it is said: where a
     token of each begins at the same letter, or both end."""
-    table = aligning.Vocabulary(mine.tokenizer, theirs.tokenizer)
+    table = _table(mine, theirs)
     at, whole, begin = list[int](), list[bool](), 0
     for row in rows:
         one, other = _spans(mine, row), _spans(theirs, row)
@@ -252,6 +247,14 @@ def translated(
     ids, logp = aligning.projected(says.ids[places].long(), says.logp[places].float(), table)
     spoken = torch.tensor(whole, dtype=torch.bool) & (ids >= 0).any(1)
     return Said(logp, ids.int()), spoken if known is None else spoken & known[places]
+
+
+def _table(mine: Resident, theirs: Resident) -> aligning.Vocabulary:
+    """Made once a pair: its looking up takes up to 0.1 s for each token that it meets for the first time."""
+    key = mine.tokenizer_sha256, theirs.tokenizer_sha256
+    if key not in _TABLES:
+        _TABLES[key] = aligning.Vocabulary(mine.tokenizer, theirs.tokenizer)
+    return _TABLES[key]
 
 
 def _spans(resident: Resident, row: Row) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -21,7 +21,7 @@ from torch import Tensor
 from fedtailor import consensus, distilling, find, models, progress, training
 from fedtailor.answering import Answers, encode
 from fedtailor.core import Ask, Method, Silo
-from fedtailor.data import Row, SiloData
+from fedtailor.data import Row
 from fedtailor.distilling import NO_IDS, Divergence, Pupil, Said
 from fedtailor.errors import RunError, UserError, suggest
 from fedtailor.evaluate import Counts
@@ -291,21 +291,14 @@ class Distill(Method[State]):
         pupil = self.pupil(resident, teaches, state.labels)
         how = teaches.local(teaches.lrs(ask.round, ask.rounds))
         moments = state.moments if teaches.optimizer_state == "keep" else {}
-        drawn, data = None, SiloData((), (), ())
-        taught: Any = pupil
+        lessons, told = None, list[Row]()
         if self.share == "texts":
             told = [row for some in _retold(replace(state, latest=tuple(i for i, _ in state.texts)), rows) for row in some]
-            fits = distilling.fitting(resident, told, pupil.shift)  # an answer may be any length
-            data = SiloData(tuple(row for row, ok in zip(told, fits, strict=True) if ok), (), ())
-            taught = pupil.tuned
-            if not data.train:
-                return state, math.nan, 0
         else:
-            heard = self._true(state, rows, resident)
-            drawn = [pupil.lessons(rows, heard, state.known, state.counts, how, seed)]
-            if not drawn[0]:
-                return state, math.nan, 0
-        done = training.train(resident, cast(Any, taught), state.tensors, [(data, seed)], how, [moments], drawn=drawn)
+            lessons = pupil.lessons(rows, self._true(state, rows, resident), state.known, state.counts, how, seed)
+        done = pupil.learn(state.tensors, how, moments, seed, lessons, told)
+        if done is None:
+            return state, math.nan, 0
         if done.failed[0] is not None:
             raise RunError(f"round {ask.round}: the student: {done.failed[0]}".replace("method.lr", "the student's lr"))
         kept = training.moments_of(done, 0) if teaches.optimizer_state == "keep" else {}
