@@ -12,8 +12,6 @@ from fedtailor.before import Before
 from fedtailor.data import SiloData
 from fedtailor.engines.in_process import InProcess
 from fedtailor.errors import UserError
-from fedtailor.experiment import _part
-from fedtailor.methods.lora import Lora
 from fedtailor.methods.peft import Peft
 from fedtailor.models import Resident
 
@@ -88,9 +86,3 @@ def test_silos_train_one_by_one_where_one_pass_cannot(
 def test_virtual_tokens_are_methods_of_ours(llama: Resident, kind: str, ours: str) -> None:
     with pytest.raises(UserError, match=f"set method.name = '{ours}'"):
         Peft(type=kind).put_on(llama, 0)
-
-
-def test_one_is_not_true() -> None:
-    errors: list[str] = []
-    assert _part(Lora, {"scaffold": 1, "lr": 1}, "x.toml: [method]", errors) is None
-    assert errors == ["x.toml: [method] scaffold: must be true or false, not 1"]

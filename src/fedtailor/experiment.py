@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from fedtailor import evaluate as scoring
-from fedtailor import find, listed, progress
+from fedtailor import find, listed, progress, tables
 from fedtailor.core import Ask
 from fedtailor.data import SILO_FIELDS, Data, own_settings
 from fedtailor.errors import UserError, suggest
@@ -219,7 +219,7 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
     rest = {key: value for key, value in table.items() if key not in (*known, "method")}
     for part, kind in known.items():
         if part in table or part == "data":
-            parts[part] = _part(kind, table.get(part, {}), f"{place}: [{part}]", errors)
+            parts[part] = tables.part(kind, table.get(part, {}), f"{place}: [{part}]", errors)
     parts["method"] = _method(table.get("method"), place, errors)
     if "silo" in rest:
         _silos(rest["silo"], parts["data"], parts["method"], place, errors)
@@ -227,7 +227,7 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
         for row, settings in rest["baseline"].items():
             if isinstance(settings, Mapping):  # else told by the schema
                 kind = type(parts["method"])
-                _part(kind, {**asdict(parts["method"]), **settings}, f"{place}: [baseline.{row}]", errors)
+                tables.part(kind, {**asdict(parts["method"]), **settings}, f"{place}: [baseline.{row}]", errors)
     top = {f.name for f in fields(Experiment)}
     for key in [key for key in rest if key not in top]:
         errors.append(f"{place}: no setting {key!r} at the top{suggest(key, top)}")
@@ -237,7 +237,7 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
         "method": parts["method"] or "x",
         "data": parts["data"] or Data(source="x", template="{x}", answer="x", silo_column="x"),
     }
-    found = _part(Experiment, {**rest, **{k: v for k, v in stand_ins.items() if v is not None}}, f"{place}:", errors)
+    found = tables.part(Experiment, {**rest, **{k: v for k, v in stand_ins.items() if v is not None}}, f"{place}:", errors)
     if errors:
         raise UserError("\n".join(errors))
     return found  # type: ignore[no-any-return]
@@ -277,7 +277,7 @@ def _method(table: Any, place: str, errors: list[str]) -> Any:
         errors.append(f"{place}: {error}")
         return None
     settings = {k: v for k, v in table.items() if k != "name"}
-    method = _part(kind, settings, f"{place}: [method]", errors)
+    method = tables.part(kind, settings, f"{place}: [method]", errors)
     if method is not None and hasattr(method, "aggregate"):
         from fedtailor import aggregate
 
@@ -303,10 +303,10 @@ def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[
                 errors.append(f"{where} has no setting {key!r}{suggest(key, SILO_FIELDS | own)}")
         about_rows = {k: v for k, v in settings.items() if k in SILO_FIELDS}
         if data is not None and about_rows:
-            _part(Data, own_settings(data, about_rows), where, errors)
+            tables.part(Data, own_settings(data, about_rows), where, errors)
         mine = {k: v for k, v in settings.items() if k in own}
         if method is not None and mine:
-            checked = _part(type(method), {**asdict(method), **mine}, where, errors)
+            checked = tables.part(type(method), {**asdict(method), **mine}, where, errors)
             settings.update({k: getattr(checked, k) for k in mine if checked is not None})  # 2, where "2" was written
             for key in sorted({"rank", "virtual_tokens"} & set(mine)):
                 if isinstance(mine[key], int) and mine[key] > getattr(method, key):
@@ -315,35 +315,6 @@ def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[
                     )
                 elif getattr(method, "scaffold", False) and isinstance(mine[key], int) and mine[key] < getattr(method, key):
                     errors.append(f"{where} {key} = {mine[key]} {UNEQUAL}")
-
-
-def _part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
-    """A dataclass from a table, its fields as the schema. Errors are appended, one line each; None if there were any."""
-    if not isinstance(values, Mapping):
-        errors.append(f"{where} must be a table, not {values!r}")
-        return None
-    known = {f.name for f in fields(kind)}
-    before = len(errors)
-    for key in [k for k in values if k not in known]:
-        errors.append(f"{where} has no setting {key!r}{suggest(key, known)}")
-    for item in fields(kind):  # TOML tells true from 1: so do we
-        given = values.get(item.name)
-        if any(isinstance(v, bool) for v in (given if isinstance(given, list) else [given])) and "bool" not in str(item.type):
-            errors.append(f"{where} {item.name}: must not be true or false, not {given!r}")
-        if item.type in ("bool", bool) and item.name in values and not isinstance(given, bool):
-            errors.append(f"{where} {item.name}: must be true or false, not {given!r}")
-    try:
-        made = TypeAdapter(kind).validate_python({k: v for k, v in values.items() if k in known})
-    except ValidationError as error:
-        for one in error.errors():
-            place = ".".join(
-                str(p) for p in one["loc"] if not re.match(r"(function|constrained|tagged|literal)", str(p))
-            )
-            told = one["msg"].removeprefix("Value error, ")
-            given = "" if one["type"] in ("missing", "value_error") else f", not {one['input']!r}"
-            errors.append(f"{where} {place}: {told}{given}".replace(": : ", ": ").replace(" : ", ": "))
-        return None
-    return made if len(errors) == before else None
 
 
 def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[str]) -> None:

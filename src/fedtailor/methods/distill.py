@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from fedtailor import consensus, distilling, find, models, progress, training
+from fedtailor import consensus, distilling, find, models, progress, tables, training
 from fedtailor.answering import Answers, encode
 from fedtailor.core import Ask, Method, Silo
 from fedtailor.data import Row
@@ -33,6 +33,13 @@ from fedtailor.studying import Examine, Meet, Spoken, Study, examine, meet, stud
 from fedtailor.tuned import Tensors
 
 TEXTS = "answers that silos write to public prompts leave them as text: a model may write what it learnt of private rows"
+
+
+OF_THE_SERVER = frozenset(
+    {"aggregate", "weigh", "scaffold", "max_delta_norm", "combine", "gap"}
+    | {f.name for f in fields(Averaging) if f.name.startswith("server_")}
+)
+TRAINER = "how a model is trained stands in [method.trainer], or in [method.student] of the student"
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Distill(Method[State]):
 
     FOR: ClassVar[tuple[str, ...]] = ("causal", "encoder", "seq2seq")
     PER_SILO: ClassVar[frozenset[str]] = frozenset({"trainer", "model"})
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {f.name: TRAINER for f in fields(Averaging) if f.name not in OF_THE_SERVER}
     one_by_one: ClassVar[str] = "each silo may have a model of its own"
     BESIDES: ClassVar[str] = (
         "Of answers in text the shape is (tokens of the round's public answers, top). Besides: which public rows the silo holds "
@@ -320,12 +328,6 @@ class Distill(Method[State]):
         return Said(probs.clamp(min=distilling.LEAST).log(), NO_IDS)
 
 
-OF_THE_SERVER = frozenset(
-    {"aggregate", "weigh", "scaffold", "max_delta_norm", "combine", "gap"}
-    | {f.name for f in fields(Averaging) if f.name.startswith("server_")}
-)
-
-
 def _trainer(table: Mapping[str, Any], what: str) -> Averaging:
     """The method that a table names. Raises ValueError."""
     settings = {key: value for key, value in table.items() if key != "name"}
@@ -338,18 +340,14 @@ def _trainer(table: Mapping[str, Any], what: str) -> Averaging:
     kind = find.method(name)
     if not issubclass(kind, Averaging):
         raise ValueError(f"{what}: {name!r} is no method that trains{suggest(name, known)}")
-    names = {f.name for f in fields(kind)}
-    if unknown := [key for key in settings if key not in names]:
-        raise ValueError(f"{what} has no setting {unknown[0]!r}{suggest(unknown[0], names)}")
     for key in settings:
         if key in OF_THE_SERVER:
             raise ValueError(f"{what} {key}: is for a server that averages changes, and here none does; leave it out")
-    try:
-        return TypeAdapter(kind).validate_python(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"][:1]))
-        raise ValueError(f"{what} {place}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}") from None
+    errors = list[str]()
+    made = tables.part(kind, settings, what, errors)
+    if errors:
+        raise ValueError(errors[0])
+    return made  # type: ignore[no-any-return]
 
 
 def _places(counts: Sequence[int], rows: Sequence[int]) -> Tensor:
