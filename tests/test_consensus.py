@@ -15,7 +15,7 @@ from fedtailor.errors import UserError
 
 THREE = torch.tensor([[[0.9, 0.1]], [[0.6, 0.4]], [[0.3, 0.7]]])
 ALL = torch.ones(3, 1, dtype=torch.bool)
-LOSSES = torch.tensor([0.5, 1.0, 2.0])
+LOSSES = torch.tensor([[0.5], [1.0], [2.0]])
 
 
 def close(found: Tensor, *expected: float) -> None:
@@ -42,6 +42,13 @@ def test_entropy_believes_who_is_sure() -> None:
     close(consensus.entropy(THREE, ALL, LOSSES), right, 1 - right)
 
 
+def test_familiar_believes_whose_kind_of_row_it_is() -> None:
+    """exp(-entropy), above, times exp(-strangeness): the first silo's rows are as this one is."""
+    weights = [0.7225 * 1, 0.5101 * math.exp(-0.5), 0.5429 * math.exp(-1.5)]
+    right = (0.9 * weights[0] + 0.6 * weights[1] + 0.3 * weights[2]) / sum(weights)
+    assert consensus.familiar(THREE, ALL, LOSSES)[0].tolist() == pytest.approx([right, 1 - right], abs=1e-4)
+
+
 def test_median() -> None:
     close(consensus.median(THREE, ALL, LOSSES), 0.6, 0.4)
     close(consensus.median(THREE, torch.tensor([[True], [True], [False]]), LOSSES), 0.75, 0.25)
@@ -55,7 +62,7 @@ def test_trimmed() -> None:
 
 def test_one_liar_of_five_moves_the_robust_ones_little() -> None:
     honest, liar = [[[0.8, 0.2]], [[0.78, 0.22]], [[0.82, 0.18]], [[0.8, 0.2]]], [[0.0, 1.0]]
-    probs, spoken, losses = torch.tensor([*honest, liar]), torch.ones(5, 1, dtype=torch.bool), torch.zeros(5)
+    probs, spoken, losses = torch.tensor([*honest, liar]), torch.ones(5, 1, dtype=torch.bool), torch.zeros(5, 1)
     assert float(consensus.mean(probs, spoken, losses)[0, 0]) == pytest.approx(0.64)
     for way in (consensus.median, consensus.trimmed):
         assert 0.78 <= float(way(probs, spoken, losses)[0, 0]) <= 0.82
@@ -68,7 +75,7 @@ def test_distributions_in_and_out(name: str, silos: int, places: int, outcomes: 
     probs = torch.rand(silos, places, outcomes, generator=dice).add(0.05)
     probs /= probs.sum(-1, keepdim=True)
     spoken = torch.rand(silos, places, generator=dice) < 0.7
-    losses, way = torch.rand(silos, generator=dice), consensus.find(name)
+    losses, way = torch.rand(silos, places, generator=dice), consensus.find(name)
     found = way(probs, spoken, losses)
     assert found.shape == (places, outcomes)
     assert torch.allclose(found.sum(-1), torch.ones(places))
@@ -88,4 +95,4 @@ def test_an_unknown_name_is_told_with_the_choices() -> None:
 @pytest.mark.parametrize("gap", [1.0, 20.0, 500.0])
 def test_a_silo_that_speaks_alone_is_believed_however_bad_it_is(gap: float) -> None:
     alone = torch.tensor([[True], [False], [False]])
-    close(consensus.validation(THREE, alone, torch.tensor([gap, 0.0, 0.0])), 0.9, 0.1)
+    close(consensus.validation(THREE, alone, torch.tensor([[gap], [0.0], [0.0]])), 0.9, 0.1)

@@ -18,6 +18,7 @@ from fedtailor.engines.in_process import InProcess
 from fedtailor.errors import RunError, UserError
 from fedtailor.methods.distill import Distill
 from fedtailor.models import Base, Resident
+from fedtailor.proxies import strangeness
 from fedtailor.studying import Spoken, Study
 from tiny_runs import FEDERATED, PUBLIC, asked
 
@@ -26,6 +27,11 @@ SMALL: dict[str, Any] = {"trainer": TRAINER, "public_rows": 4, "digest_steps": 2
 PARCELS = SiloData(
     tuple(Row(f"The {thing} was", "here at last") for thing in ("parcel", "green boat", "old bear", "cup of tea")), (), ()
 )
+
+BODY = Study(Distill(**SMALL), PUBLIC.train[:2], 1, 3, places=2, outcomes=2)
+NONE = torch.zeros(2, dtype=torch.bool)
+SOUND = Spoken(Said(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log().half(), NO_IDS), torch.tensor([True, True]), NONE, 0.6, 0.7, 9)
+TEXT = replace(BODY, tokens=260)
 
 
 def engine(data: Mapping[str, SiloData], base: Resident, public: SiloData = PUBLIC, **more: Any) -> InProcess:
@@ -137,6 +143,33 @@ def test_nobody_learns_from_rows_that_a_silo_holds(rated: dict[str, SiloData], b
     assert state.known.tolist() == [False, False, True, True]
 
 
+def test_a_silo_is_believed_about_rows_of_its_own_kind(rated: dict[str, SiloData], bert: Resident) -> None:
+    """What is kept of each row is the silos' opinions, in proportion to exp(-strangeness - entropy) as they sent it."""
+    one, heard = engine(rated, bert), dict[str, Spoken]()
+    one.record = lambda silo, way, body: heard.update({silo: found}) if isinstance(found := wire.unpack(body), Spoken) else None
+    method = Distill(**{**SMALL, "public_rows": 6, "consensus": "familiar"})
+    state = rounds(method, one, 1)
+    assert one.rejected == []
+    probs = torch.stack([reply.said.whole().exp() for reply in heard.values()])
+    own = torch.stack([strangeness(bert.tokenizer, PUBLIC.train, rated[silo].train) for silo in heard])
+    assert torch.allclose(torch.stack([reply.strange.float() for reply in heard.values()]), own, atol=0.01)
+    weights = (-own + (probs * probs.log()).sum(-1)).exp()
+    expected = (probs * weights[..., None]).sum(0) / weights.sum(0)[:, None]
+    assert torch.allclose(state.heard.whole().exp(), expected, atol=0.002)
+    rounds(Distill(**SMALL), one, 1)
+    assert all(len(reply.strange) == 0 for reply in heard.values()), "nobody asked"
+
+
+@pytest.mark.parametrize(("strange", "told"), [
+    ([0.0, 11.0], None), ([0.0, math.nan], "how strange"), ([-1.0, 1.0], "how strange"), ([1e4, 1.0], "from 0 to 100"),
+    ([1.0], "says of 1 of 2"),
+])  # fmt: skip
+def test_what_is_said_of_strangeness_is_checked(strange: list[float], told: str | None) -> None:
+    body = replace(BODY, method=Distill(**SMALL, consensus="familiar"))
+    found = replace(SOUND, strange=torch.tensor(strange)).problem(body)
+    assert found == told or (told is not None and found is not None and told in found)
+
+
 def test_rows_that_nobody_speaks_of_are_left_out(rated: dict[str, SiloData], bert: Resident) -> None:
     public = SiloData((*(replace(row, answer="") for row in rated["cafe"].train[:2]), *PUBLIC.train[:2]), (), ())
     one = engine({"cafe": rated["cafe"]}, bert, public)
@@ -148,10 +181,6 @@ def test_rows_that_nobody_speaks_of_are_left_out(rated: dict[str, SiloData], ber
     assert math.isnan(state.notes["student_loss"])
 
 
-BODY = Study(Distill(**SMALL), PUBLIC.train[:2], 1, 3, places=2, outcomes=2)
-NONE = torch.zeros(2, dtype=torch.bool)
-SOUND = Spoken(Said(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log().half(), NO_IDS), torch.tensor([True, True]), NONE, 0.6, 0.7, 9)
-TEXT = replace(BODY, tokens=260)
 
 
 def tokens(*rows: list[int], dtype: torch.dtype = torch.int32) -> Said:

@@ -157,7 +157,7 @@ def test_what_two_silos_say_of_text_as_one() -> None:
     one = Said(logs([0.5, 0.2], [0.6, 0.3]), torch.tensor([[5, 7], [1, 2]], dtype=torch.int32))
     other = Said(logs([0.6, 0.3], [0.9, 0.05]), torch.tensor([[7, 9], [3, 4]], dtype=torch.int32))
     spoken = torch.tensor([[True, True], [True, False]])
-    whole, known = united([one, other], 2, consensus.mean, spoken, torch.zeros(2))
+    whole, known = united([one, other], 2, consensus.mean, spoken, torch.zeros(spoken.shape))
     assert known.tolist() == [True, True]
     assert whole.ids.tolist() == [[7, 5], [1, 2]]
     assert whole.logp.exp()[0].tolist() == pytest.approx([0.4, 0.25], abs=1e-4)
@@ -166,7 +166,7 @@ def test_what_two_silos_say_of_text_as_one() -> None:
 
 def test_what_two_silos_say_of_labels_as_one() -> None:
     one, other = Said(logs([0.9, 0.1]).half(), NO_IDS), Said(logs([0.5, 0.5]).half(), NO_IDS)
-    whole, known = united([one, other], 8, consensus.mean, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2))
+    whole, known = united([one, other], 8, consensus.mean, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1))
     assert whole.logp.exp()[0].tolist() == pytest.approx([0.7, 0.3], abs=1e-3)
     assert known.tolist() == [True]
 
@@ -179,7 +179,7 @@ def test_what_a_silo_does_not_speak_of_changes_nothing(name: str, text: bool) ->
     found = []
     for rubbish in ([math.nan, math.nan], [0.0, 1.0]):
         other = Said(torch.cat([logs([0.7, 0.3]), torch.tensor([rubbish]).log()]), ids)
-        found.append(united([one, other], 2, consensus.find(name), spoken, torch.tensor([0.5, 0.6]))[0])
+        found.append(united([one, other], 2, consensus.find(name), spoken, torch.tensor([[0.5], [0.6]]).expand(spoken.shape))[0])
     assert torch.allclose(found[0].logp, found[1].logp)
     assert bool(found[0].logp.isfinite().all())
 

@@ -10,7 +10,7 @@ from fedtailor.core import Silo
 from fedtailor.data import Row, SiloData
 from fedtailor.errors import UserError
 from fedtailor.models import Resident
-from fedtailor.proxies import distance, generated
+from fedtailor.proxies import UNSEEN, distance, generated, strangeness
 
 
 def rows(*texts: str) -> tuple[Row, ...]:
@@ -27,6 +27,16 @@ def test_distances_by_hand(llama: Resident) -> None:
     half = p * math.log2(p / 0.5) + q * math.log2(q / 0.5)
     assert distance(tokenizer, rows("aaab"), rows("abbb")) == pytest.approx(half)
     assert distance(tokenizer, rows(""), rows("a")) == 0
+
+
+def test_strangeness_by_hand(llama: Resident) -> None:
+    """Tokens are bytes: of four own ones three are "a" and one is "b"; "c" was never seen."""
+    whole = 4 + UNSEEN * len(llama.tokenizer)
+    a, b, c = (-math.log((n + UNSEEN) / whole) for n in (3, 1, 0))
+    found = strangeness(llama.tokenizer, rows("ab", "c", "", "aaa"), rows("aa", "ba"))
+    assert found.tolist() == pytest.approx([(a + b) / 2, c, 0.0, a])
+    assert strangeness(llama.tokenizer, rows("a"), ()).tolist() == pytest.approx([math.log(len(llama.tokenizer))])
+    assert strangeness(llama.tokenizer, (), rows("a")).shape == (0,)
 
 
 def test_a_template_s_own_words_are_no_likeness(llama: Resident) -> None:

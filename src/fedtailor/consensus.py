@@ -1,8 +1,8 @@
 """How what several silos say of a place becomes one distribution: one function each, found by name.
 
 Each takes `probs` (S, P, C), of S silos at P places over C outcomes; `spoken` (S, P), who spoke of which place; and
-`losses` (S,), each silo's mean loss on rows of its own, lower is better. It returns (P, C), each row adding up to 1; of a
-place that nobody spoke of, any.
+`losses` (S, P), in nats, lower is better: each silo's mean loss on rows of its own, the same at all places; for `familiar` how
+strange each public row is to it. It returns (P, C), each row adding up to 1; of a place that nobody spoke of, any.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ def mean(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
 
 def validation(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
     """In proportion to exp(-loss): a silo that answers its own rows well is believed more."""
-    told = (-losses)[:, None].expand_as(spoken).masked_fill(~spoken, -torch.inf)
-    return _weighed(probs, told.softmax(0).nan_to_num(0.0))
+    return _weighed(probs, _trust(spoken, losses))
 
 
 def entropy(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
     """At each place in proportion to exp(-entropy): a silo that is sure there is believed more."""
-    own = -(probs * probs.clamp(min=LEAST).log()).sum(-1)
-    return _weighed(probs, spoken.float() * (-own).exp())
+    return _weighed(probs, spoken.float() * _sure(probs))
+
+
+def familiar(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
+    """As `entropy`, and in proportion to how likely the row's tokens are among the silo's own (`proxies.strangeness`): a silo is
+    believed more about rows of its own kind (DaFKD, Wang et al. 2023, where silos train a discriminator)."""
+    return _weighed(probs, _trust(spoken, losses) * _sure(probs))
 
 
 def median(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
@@ -58,6 +62,16 @@ def find(name: str) -> Way:
 
 def names() -> set[str]:
     return finding.functions(sys.modules[__name__]) - {"find", "names"}
+
+
+def _trust(spoken: Tensor, losses: Tensor) -> Tensor:
+    """(S, P) in proportion to exp(-loss); 0 of who did not speak."""
+    return (-losses).masked_fill(~spoken, -torch.inf).softmax(0).nan_to_num(0.0)
+
+
+def _sure(probs: Tensor) -> Tensor:
+    """(S, P) exp(-entropy): 1 of who is certain, 1 / C of who says all are as likely."""
+    return (probs * probs.clamp(min=LEAST).log()).sum(-1).exp()
 
 
 def _weighed(probs: Tensor, weights: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def united(heard: Sequence[Said], top: int, way: Way, spoken: Tensor, losses: Tensor) -> tuple[Said, Tensor]:
-    """What S silos said of the same P places as one, and of which places anyone spoke. `spoken`: (S, P) bool; `losses`: (S,).
+    """What S silos said of the same P places as one, and of which places anyone spoke. `spoken`: (S, P) bool; `losses`: (S, P).
 
     Of text, each silo has its own likeliest tokens: one that it does not name is in its rest, and counts as 0."""
     if not heard[0].ids.numel():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedtailor.answering import fresh
 from fedtailor.core import Silo
@@ -16,6 +18,7 @@ from fedtailor.rows import columns, filled
 
 WRITES = 48  # tokens of a row at most
 ENOUGH = 2000  # rows of a silo's that its distance is taken over
+UNSEEN = 0.1  # Lidstone smoothing: what a token counts besides how often it was seen
 
 
 def generated(here: Silo, count: int, begin: str) -> tuple[Row, ...]:
@@ -51,8 +54,22 @@ def distance(tokenizer: Any, public: Sequence[Row], own: Sequence[Row]) -> float
     return min(1.0, max(0.0, float(sum(halves) / 2 / torch.log(torch.tensor(2.0, dtype=torch.float64)))))
 
 
+def strangeness(tokenizer: Any, public: Sequence[Row], own: Sequence[Row]) -> Tensor:
+    """(rows,) of each public row the mean of -log p of its tokens, in nats, by how often a silo's own rows have them: lower where
+    the row is as the silo's own are. A token that they lack counts as seen `UNSEEN` times. 0 for a row without tokens."""
+    counts = Counter(token for some in _tokens(tokenizer, own) for token in some)
+    whole = counts.total() + UNSEEN * len(tokenizer)
+    return torch.tensor(
+        [-sum(math.log((counts[t] + UNSEEN) / whole) for t in some) / max(len(some), 1) for some in _tokens(tokenizer, public)]
+    )
+
+
 def _shares(tokenizer: Any, rows: Sequence[Row]) -> dict[int, float]:
-    texts = [row.input or " ".join(turn["content"] for turn in row.messages) for row in rows]
-    ids = tokenizer([text for text in texts if text], add_special_tokens=False).input_ids if any(texts) else []
-    counts = Counter(token for some in ids for token in some)
+    counts = Counter(token for some in _tokens(tokenizer, rows) for token in some)
     return {token: n / counts.total() for token, n in counts.items()}
+
+
+def _tokens(tokenizer: Any, rows: Sequence[Row]) -> list[list[int]]:
+    """Of what each row asks, without the template's words around it."""
+    texts = [row.input or " ".join(turn["content"] for turn in row.messages) for row in rows]
+    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []

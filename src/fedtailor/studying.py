@@ -18,7 +18,7 @@ from fedtailor.distilling import NO_IDS, Said
 from fedtailor.errors import SiloError
 from fedtailor.evaluate import Counts, Evaluate, evaluate_many
 from fedtailor.models import Resident
-from fedtailor.proxies import distance
+from fedtailor.proxies import distance, strangeness
 from fedtailor.rows import digest
 from fedtailor.tuned import Tensors
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedtailor.methods.distill import Distill
 
 _TABLES: dict[tuple[str, str], aligning.Vocabulary] = {}  # of public vocabularies: nothing of any silo's
+STRANGE = 100.0  # nats of a token: more than any vocabulary can ask for
 WRITES = 64  # tokens of an answer at most, where silos answer in text
 
 
@@ -60,6 +61,11 @@ class Study:
     outcomes: int = 0  # said of each: the labels, or the likeliest tokens
     tokens: int = 0  # of the student's vocabulary; 0: of labels none are told
 
+    @property
+    def familiar(self) -> bool:
+        """Whether silos are to say how strange each row is to them."""
+        return self.method.consensus == "familiar" and self.method.share == "logits"
+
 
 @dataclass(frozen=True)
 class Spoken:
@@ -77,6 +83,7 @@ class Spoken:
     rows: int  # trained on this round
     distance: float = 0.0  # of the public rows from its own, see `proxies.distance`
     texts: tuple[str, ...] = ()  # share = "texts": an answer to each row, "" to one it does not speak of
+    strange: Tensor = field(default_factory=lambda: torch.zeros(0))  # (rows,) fp16; of consensus = "familiar"
 
     def problem(self, asked: Study) -> str | None:
         """Why this must not be used, or None."""
@@ -86,6 +93,9 @@ class Spoken:
             return f"a distance of {self.distance}"
         if self.held.shape != (len(asked.rows),) or self.held.dtype != torch.bool:
             return f"says of {len(self.held)} of {len(asked.rows)} rows whether it holds them"
+        strange = self.strange.float()
+        if asked.familiar and not (strange.shape == self.held.shape and bool(((strange >= 0) & (strange < STRANGE)).all())):
+            return f"says of {len(strange)} of {len(asked.rows)} rows how strange they are, from 0 to {STRANGE:g} nats"
         if asked.method.share == "texts":
             return None if len(self.texts) == len(asked.rows) else f"{len(self.texts)} answers to {len(asked.rows)} rows"
         logp = self.said.logp.float()
@@ -145,7 +155,8 @@ def study(silo: Silo, body: Study) -> Spoken:
         return Spoken(nothing, torch.zeros(0, dtype=torch.bool), held, done.loss[0], val_loss, seen, apart, told)
     says, spoken = _spoken(mine, silo, model, body.rows, free)
     says = Said(says.logp.clamp(min=-60.0).half(), says.ids)
-    return Spoken(says, spoken, held, done.loss[0], val_loss, seen, apart)
+    strange = strangeness(silo.models["base"].tokenizer, body.rows, silo.data.train).half() if body.familiar else torch.zeros(0)
+    return Spoken(says, spoken, held, done.loss[0], val_loss, seen, apart, strange=strange)
 
 
 def _twice(ids: Tensor) -> bool:

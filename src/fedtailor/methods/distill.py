@@ -238,7 +238,8 @@ class Distill(Method[State]):
         ids = NO_IDS if labels else torch.zeros(n, wide, dtype=torch.int32)
         says = Said(torch.zeros(n, wide, dtype=torch.float16), ids)
         flags = torch.ones(n, dtype=torch.bool)
-        return Spoken(says, flags, flags, 1.2345678901234567, 1.2345678901234567, 64, 0.12345678901234567)
+        strange = torch.zeros(n, dtype=torch.float16) if self.consensus == "familiar" else torch.zeros(0)
+        return Spoken(says, flags, flags, 1.2345678901234567, 1.2345678901234567, 64, 0.12345678901234567, strange=strange)
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """As the student's trainer does."""
@@ -268,15 +269,18 @@ class Distill(Method[State]):
             return (probs * weights[:, None, None]).sum(0)
 
         both = torch.ones(2, len(at), dtype=torch.bool)
-        return distilling.united([heard, mine], self.top, shared, both, weights)[0]
+        return distilling.united([heard, mine], self.top, shared, both, torch.zeros(both.shape))[0]
 
     def _heard(self, state: State, chosen: Sequence[int], replies: Sequence[Spoken]) -> State:
         at = _places(state.counts, chosen)
-        losses, spoken = torch.tensor([r.val_loss for r in replies]), torch.stack([r.spoken for r in replies])
+        sizes, spoken = torch.tensor([state.counts[i] for i in chosen]), torch.stack([r.spoken for r in replies])
+        losses = torch.tensor([r.val_loss for r in replies])[:, None].expand(spoken.shape)
+        if self.consensus == "familiar":
+            losses = torch.stack([r.strange.float().repeat_interleave(sizes) for r in replies])
         way = consensus.find(self.consensus)
         whole, known = distilling.united([r.said for r in replies], self.top, way, spoken, losses)
         held = torch.stack([r.held for r in replies]).any(0)
-        taken = held.repeat_interleave(torch.tensor([state.counts[i] for i in chosen]))  # of what a silo holds nobody learns
+        taken = held.repeat_interleave(sizes)  # of what a silo holds nobody learns
         logp, ids, all_known = state.heard.logp.clone(), state.heard.ids.clone(), state.known.clone()
         all_known[at] = (known | state.known[at]) & ~taken
         logp[at] = torch.where(known[:, None], whole.logp, state.heard.logp[at])  # nobody spoke this time: what is known stays
