@@ -43,8 +43,8 @@ def test_entropy_believes_who_is_sure() -> None:
 
 
 def test_familiar_believes_whose_kind_of_row_it_is() -> None:
-    """exp(-entropy), above, times exp(-strangeness): the first silo's rows are as this one is."""
-    weights = [0.7225 * 1, 0.5101 * math.exp(-0.5), 0.5429 * math.exp(-1.5)]
+    """exp(-entropy), above, times exp(-4 strangeness): the first silo's rows are as this one is."""
+    weights = [0.7225 * 1, 0.5101 * math.exp(-2), 0.5429 * math.exp(-6)]
     right = (0.9 * weights[0] + 0.6 * weights[1] + 0.3 * weights[2]) / sum(weights)
     assert consensus.familiar(THREE, ALL, LOSSES)[0].tolist() == pytest.approx([right, 1 - right], abs=1e-4)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from fedtailor import find as finding
 from fedtailor.distilling import LEAST, Way
 
+EVIDENCE = 4  # a row's tokens count as so many independent ones: with all of them, as naive Bayes has it, one silo decides
+
 
 def mean(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
     """Every silo that spoke counts the same (FedMD, FedDF)."""
@@ -34,7 +36,7 @@ def entropy(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
 def familiar(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
     """As `entropy`, and in proportion to how likely the row's tokens are among the silo's own (`proxies.strangeness`): a silo is
     believed more about rows of its own kind (DaFKD, Wang et al. 2023, where silos train a discriminator)."""
-    return _weighed(probs, _trust(spoken, losses) * _sure(probs))
+    return _weighed(probs, _trust(spoken, EVIDENCE * losses) * _sure(probs))
 
 
 def median(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
