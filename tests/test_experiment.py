@@ -250,6 +250,29 @@ def test_what_is_written_out_reads_back_as_the_same(sets: list[str]) -> None:
     assert as_table(parse(table, "back")) == table
 
 
+def test_another_method_than_the_files_own(tmp_path: Path) -> None:
+    """What only the file's own method has is left out, and its lr with it, wherever they stand; what was asked for stays."""
+    file = tmp_path / "x.toml"
+    file.write_text(
+        tomli_w.dumps(
+            changed(
+                method={"name": "prefix", "lr": 0.5, "virtual_tokens": 4, "local_steps": 3},
+                baseline={"centralized": {"lr": 0.25, "virtual_tokens": 2, "local_steps": 5}},
+                silo={"north": {"virtual_tokens": 2, "lr": 0.125, "batch_size": 2, "max_words": 9}},
+            )
+        )
+    )
+    found = load(file, ["method.name=lora"])
+    assert found.method == Lora(local_steps=3)
+    assert found.baseline == {"centralized": {"local_steps": 5}}
+    assert found.silo == {"north": {"batch_size": 2, "max_words": 9}}
+    found = load(file, ["method.name=lora", "method.lr=0.1", "silo.north.lr=0.2", "baseline.centralized.lr=0.3"])
+    assert found.method == Lora(local_steps=3, lr=0.1)
+    assert found.silo["north"]["lr"] == 0.2
+    assert found.baseline["centralized"]["lr"] == 0.3
+    assert load(file, ["method.name=prefix"]).method == Prefix(lr=0.5, virtual_tokens=4, local_steps=3)
+
+
 @pytest.mark.parametrize("table", [changed(rounds=True), changed(seeds=[True]), changed(silo={"north": {"lr": True}})])
 def test_true_is_no_number(table: dict[str, Any]) -> None:
     assert any("must not be true or false, not " in line for line in errors(table))

@@ -318,16 +318,31 @@ def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[
 
 
 def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[str]) -> None:
-    """`--set method.name=...`: of the file's own method, settings that the new one lacks, and its lr, are left out."""
+    """`--set method.name=...`: what the file says of its own method is left out where the new one lacks it, and its lr. So in
+    [method], in [baseline.ROW] and in [silo.NAME]."""
+    from fedtailor.methods.averaging import per_silo
+
     now = table.get("method")
     if not isinstance(now, dict) or "name" not in written or now.get("name") == written["name"]:
         return
     try:
-        known = {f.name for f in fields(find.method(str(now.get("name"))))}
+        old, new = find.method(str(written["name"])), find.method(str(now.get("name")))
     except UserError:
         return  # told by parse
-    for key in [k for k in written if k != "name" and (k == "lr" or k not in known) and f"method.{k}" not in sets]:
-        now.pop(key, None)
+    known = {f.name for f in fields(new)}
+    gone = {key for key in ({f.name for f in fields(old)} | set(written)) - {"name"} if key == "lr" or key not in known}
+    for place, settings, mine in [
+        ("method", now, gone),
+        *((f"baseline.{row}", one, gone) for row, one in _tables(table, "baseline")),
+        *((f"silo.{silo}", one, (per_silo(old) - per_silo(new)) | {"lr"}) for silo, one in _tables(table, "silo")),
+    ]:
+        for key in [k for k in settings if k in mine and not any(f"{s}.".startswith(f"{place}.{k}.") for s in sets)]:
+            del settings[key]
+
+
+def _tables(table: Mapping[str, Any], part: str) -> list[tuple[str, dict[str, Any]]]:
+    found = table.get(part)
+    return [(name, one) for name, one in found.items() if isinstance(one, dict)] if isinstance(found, dict) else []
 
 
 def _read_lists(table: dict[str, Any], folder: Path) -> None:
