@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtailor.federating import app as federation_app
+from fedtailor.retrieval.commands import app as index_app
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -28,6 +29,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Demo data: real datasets out 
 models_app = typer.Typer(no_args_is_help=True, help="Base models that travel in packages.")
 app.add_typer(data_app, name="data")
 app.add_typer(federation_app, name="federation")
+app.add_typer(index_app, name="index")
 app.add_typer(models_app, name="models")
 
 out = Console()
@@ -380,5 +382,5 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for library in ("transformers", "bitsandbytes"):
+    for library in ("transformers", "bitsandbytes", "sentence_transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Documents that stay where they are: read, cut, indexed and searched, each silo its own."""

@@ -1,0 +1,95 @@
+"""`fedtailor index ...`: documents into a silo's index, and out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="A silo's documents, to be searched where they are.")
+
+Index = Annotated[Path, typer.Argument(help="the index, a file")]
+
+
+@app.command()
+def add(
+    index: Index,
+    documents: Annotated[list[Path], typer.Argument(help="files, and folders of them: text, Markdown, HTML, PDF")],
+    embedder: Annotated[str, typer.Option(help="of a new index: a packaged encoder, a folder or a hub id; default minilm")] = "",
+    largest: Annotated[float, typer.Option(help="MB of a file, above which it is left out")] = 50.0,
+) -> None:
+    """Add documents, and do those anew that changed. Each is cited by its path below the folder that was added."""
+    from fedtailor.retrieval import embedding, indexing
+
+    opened, model = indexing.opened(index, embedder, embedding.load)
+    with opened:
+        done = indexing.add(opened, model, documents, largest)
+        for line in done.failed:
+            typer.echo(f"left out: {line}", err=True)
+        for name in done.empty:
+            typer.echo(f"left out: {name}: no text in it", err=True)
+        held = opened.status()
+    what = f"{done.new} new, {done.changed} changed, {done.same} as they were"
+    typer.echo(f"{index}: {what}; holds {_counted(held.documents, held.passages)}")
+    if done.failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def remove(index: Index, names: Annotated[list[str], typer.Argument(help="documents, as --names lists them")]) -> None:
+    """Take documents out."""
+    from fedtailor.errors import UserError, suggest
+    from fedtailor.retrieval import store
+
+    with store.load(index) as opened:
+        known = opened.documents()
+        if gone := [name for name in names if name not in known]:
+            raise UserError(f"{index}: holds no document {gone[0]!r}{suggest(gone[0], known)}; nothing was taken out")
+        for name in names:
+            opened.remove(name)
+        held = opened.status()
+    typer.echo(f"{index}: {len(names)} taken out; holds {_counted(held.documents, held.passages)}")
+
+
+@app.command()
+def status(index: Index, names: Annotated[bool, typer.Option("--names", help="list the documents")] = False) -> None:
+    """Tell what an index holds."""
+    from fedtailor.figures import size
+    from fedtailor.retrieval import store
+
+    with store.load(index) as opened:
+        held = opened.status()
+        typer.echo(f"{index}: {_counted(held.documents, held.passages)}, {held.words:,} words, {size(held.bytes)}")
+        typer.echo(f"vectors: {held.size} numbers each, by {held.embedder} ({opened.about('embedder_sha256')[:12]})")
+        for name in opened.documents() if names else ():
+            typer.echo(name)
+
+
+@app.command()
+def search(
+    index: Index,
+    question: Annotated[str, typer.Argument(help="in plain words")],
+    most: Annotated[int, typer.Option(min=1, help="passages")] = 5,
+) -> None:
+    """Show the passages that answer best, with their source and their score (1: as good as can be)."""
+    from fedtailor.errors import UserError
+    from fedtailor.retrieval import embedding, indexing, scoring, store
+
+    if not question.strip():
+        raise UserError("an empty question; write it in quotes")
+    store.load(index).db.close()
+    opened, model = indexing.opened(index, "", embedding.load)
+    with opened:
+        asked = scoring.question(question, model().questions([question])[0], scoring.statistics(opened))
+        found = scoring.united([scoring.search(opened, scoring.table(opened), asked, 50)], 50)[:most]
+        for one in found:
+            passage = opened.passage(one.document, one.number)
+            typer.echo(f"[{one.document}#{passage.section}] {one.score:.3f}")
+            typer.echo(f"  {' '.join(passage.text.split())}\n")
+    if not found:
+        typer.echo("no passage found")
+
+
+def _counted(documents: int, passages: int) -> str:
+    return f"{documents:,} documents in {passages:,} passages"

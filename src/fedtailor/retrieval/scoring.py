@@ -1,0 +1,165 @@
+"""How well each passage of an index answers a question: the angle between their vectors, and BM25 over their words.
+
+Both are such that a passage's score does not depend on what else is in the index, given the statistics: candidates of silos that
+were searched apart, united, are those of one index over all their passages, in the same order, ties included.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtailor.retrieval.store import SCALE, Store, Vectors
+from fedtailor.retrieval.terms import K1, B, idf, terms
+
+BLOCK = 4096  # passages of which products are held at once
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of words, over as many passages as there are: of one silo, or of all of them."""
+
+    passages: int
+    words: int
+    having: Mapping[int, int]  # a word's number -> how many passages have it
+
+    def __add__(self, other: Statistics) -> Statistics:
+        having = Counter(self.having)
+        having.update(other.having)
+        return Statistics(self.passages + other.passages, self.words + other.words, having)
+
+
+def statistics(index: Store, of: Sequence[int] | None = None) -> Statistics:
+    """`of`: these words alone; None: all of the index."""
+    passages, words = index.db.execute("select count(*), coalesce(sum(words), 0) from passages").fetchone()
+    if of is None:
+        having = dict(index.db.execute("select term, count(*) from postings group by term"))
+    else:
+        count = "select count(*) from postings where term = ?"
+        having = {term: index.db.execute(count, (term,)).fetchone()[0] for term in of}
+    return Statistics(passages, words, having)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a silo is asked: no text. Words that no silo has are left out."""
+
+    vector: Vectors  # (size,)
+    weights: Mapping[int, float]  # of each word its idf, over all silos
+    mean_words: float  # of a passage, over all silos
+    words_share: float = 0.3  # of BM25 in the score; the rest is the cosine's
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.words_share <= 1:
+            raise ValueError(f"words_share is from 0 to 1, not {self.words_share}")
+
+
+def question(text: str, vector: Vectors, known: Statistics, words_share: float = 0.3) -> Question:
+    having = {term: known.having.get(term, 0) for term in terms(text)}
+    weights = {term: idf(known.passages, n) for term, n in sorted(having.items()) if n}
+    return Question(vector, weights, known.words / max(known.passages, 1), words_share)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate. Better ones compare as less."""
+
+    score: float
+    document: str
+    number: int  # of the passage in it
+    cosine: float
+    words: float  # BM25 as a share of the most that the question's words can give
+
+    @property
+    def order(self) -> tuple[float, str, int]:
+        return -self.score, self.document, self.number
+
+
+@dataclass(frozen=True)
+class Table:
+    """An index as it is searched: in memory, by document and place. Made anew where the index's version is another."""
+
+    version: str
+    ids: npt.NDArray[np.int64]
+    order: npt.NDArray[np.int64]  # which sorts `ids`
+    names: list[str]
+    numbers: list[int]
+    words: Numbers  # (passages,) of each
+    vectors: Vectors  # (passages, size)
+    postings: dict[int, tuple[npt.NDArray[np.int64], Numbers]] = field(default_factory=dict)  # of words that were asked for
+
+    def having(self, index: Store, term: int) -> tuple[npt.NDArray[np.int64], Numbers]:
+        """Places of the passages that have it, and how often each does. Read once: frequent words are asked for all the time."""
+        if term not in self.postings:
+            rows = index.db.execute("select passage, count from postings where term = ?", (term,)).fetchall()
+            pairs = np.array(rows, np.int64).reshape(-1, 2)
+            at = np.searchsorted(self.ids, pairs[:, 0], sorter=self.order).clip(max=max(len(self.ids) - 1, 0))
+            places = self.order[at]
+            here = self.ids[places] == pairs[:, 0]  # not one that came in since the table was made
+            self.postings[term] = places[here], pairs[here, 1].astype(np.float64)
+        return self.postings[term]
+
+
+def table(index: Store) -> Table:
+    joined = "passages p join documents d on d.id = p.document"
+    ordered = f"select p.id, d.name, p.number, p.words, p.vector from {joined} order by d.name, p.number"
+    rows = index.db.execute(ordered).fetchall()
+    vectors = np.frombuffer(b"".join(row[4] for row in rows), np.int16).reshape(len(rows), int(index.about("size")))
+    lengths = np.array([row[3] for row in rows], np.float64)
+    ids = np.array([row[0] for row in rows], np.int64)
+    return Table(index.about("version"), ids, ids.argsort(), [r[1] for r in rows], [r[2] for r in rows], lengths, vectors)
+
+
+def search(index: Store, held: Table, asked: Question, most: int) -> list[Found]:
+    """The best `most` by angle and the best `most` by words, each with both: the best `most` of all silos' scores are among them
+    as far as they are among the best by either."""
+    if not len(held.ids):
+        return []
+    cosine, words = _cosines(held.vectors, asked.vector), _words(index, held, asked)
+    score = (1 - asked.words_share) * cosine + asked.words_share * words
+    chosen = sorted({*_best(cosine, most), *(i for i in _best(words, most) if words[i])})
+    found = [Found(float(score[i]), held.names[i], held.numbers[i], float(cosine[i]), float(words[i])) for i in chosen]
+    return sorted(found, key=lambda one: one.order)
+
+
+def united(lists: Sequence[Sequence[Found]], most: int) -> list[Found]:
+    """Of what each silo found, what one index over all would have: the best `most` by angle and by words, then by both."""
+    every = sorted((one for some in lists for one in some), key=lambda one: (one.document, one.number))
+    near = sorted(every, key=lambda one: -one.cosine)[:most]
+    alike = [one for one in sorted(every, key=lambda one: -one.words)[:most] if one.words]
+    return sorted({*near, *alike}, key=lambda one: one.order)
+
+
+def _cosines(vectors: Vectors, asked: Vectors) -> Numbers:
+    """Products of 16 bits and their sums are whole numbers below 2^53: exact in any order, so the same in any index."""
+    other = asked.astype(np.float64)
+    blocks = [vectors[i : i + BLOCK].astype(np.float64) @ other for i in range(0, len(vectors), BLOCK)]
+    whole: Numbers = np.concatenate(blocks) / SCALE**2
+    return whole
+
+
+def _words(index: Store, held: Table, asked: Question) -> Numbers:
+    """BM25, one word after the other in the order of their numbers, as a share of the sum of idf (k1 + 1)."""
+    score = np.zeros(len(held.ids))
+    for term, weight in sorted(asked.weights.items()):
+        places, counts = held.having(index, term)
+        spread = K1 * (1 - B + B * held.words[places] / asked.mean_words)
+        score[places] += weight * counts * (K1 + 1) / (counts + spread)
+    most = sum(weight for _, weight in sorted(asked.weights.items())) * (K1 + 1)
+    return score / most if most else score
+
+
+def _best(score: Numbers, most: int) -> list[int]:
+    """Places of the highest, of equal ones the first."""
+    if len(score) > most:
+        least = np.partition(score, -most)[-most]
+        places = np.flatnonzero(score >= least)
+    else:
+        places = np.arange(len(score))
+    ranked = places[np.argsort(-score[places], kind="stable")][:most]
+    return [int(i) for i in ranked]

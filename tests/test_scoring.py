@@ -1,0 +1,125 @@
+"""Scores by hand; silos that are searched apart give what one index over all would, ties included."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtailor.retrieval.cutting import Passage
+from fedtailor.retrieval.scoring import Found, Question, Statistics, question, search, statistics, table, united
+from fedtailor.retrieval.store import SCALE, Store, Vectors, make
+from fedtailor.retrieval.terms import K1, terms
+
+WORDS = ("cat", "dog", "sat", "the")
+
+
+def index(folder: Path, name: str, documents: dict[str, list[tuple[str, list[int]]]]) -> Store:
+    """Each document's passages with their vectors."""
+    made = make(folder / name, "tiny", "", 3, (20, 4))
+    for document, passages in documents.items():
+        vectors = np.array([vector for _, vector in passages], np.int16)
+        made.put(document, "s", [Passage("", text) for text, _ in passages], vectors, "now")
+    return made
+
+
+def vector(*numbers: int) -> Vectors:
+    return np.array(numbers, np.int16)
+
+
+def asked(text: str, at: Vectors, known: Statistics, share: float = 0.5) -> Question:
+    return question(text, at, known, share)
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    """Three passages of 3, 3 and 6 words, mean 4; "cat" is in two, "sat" in one, "bird" in none."""
+    one = index(tmp_path, "a", {
+        "a.md": [("the cat sat", [SCALE, 0, 0]), ("the dog ran", [0, SCALE, 0])],
+        "b.md": [("the cat and the other cat", [-SCALE, 0, 0])],
+    })  # fmt: skip
+    known = statistics(one)
+    cat, sat, the = (next(iter(terms(word))) for word in ("cat", "sat", "the"))
+    assert (known.passages, known.words) == (3, 12)
+    assert (known.having[cat], known.having[sat], known.having[the]) == (2, 1, 3)
+    assert statistics(one, [cat]).having == {cat: 2}
+    it = asked("cat sat bird", vector(SCALE, 0, 0), known)
+    assert it.weights == pytest.approx({cat: math.log(1 + 1.5 / 2.5), sat: math.log(1 + 2.5 / 1.5)})
+    found = {(one.document, one.number): one for one in search(one, table(one), it, 5)}
+    assert [found[key].cosine for key in (("a.md", 0), ("a.md", 1), ("b.md", 0))] == [1, 0, -1]
+    most = sum(it.weights.values()) * 2.2
+    short, long = 1.2 * (0.25 + 0.75 * 3 / 4), 1.2 * (0.25 + 0.75 * 6 / 4)  # k1 (1 - b + b words / mean)
+    first = sum(it.weights.values()) * 2.2 / (1 + short)
+    assert found["a.md", 0].words == pytest.approx(first / most)
+    assert found["b.md", 0].words == pytest.approx(it.weights[cat] * 2 * (K1 + 1) / (2 + long) / most)
+    assert found["a.md", 1].words == 0
+    assert found["a.md", 0].score == pytest.approx(0.5 + 0.5 * first / most)
+
+
+def test_an_empty_index_and_an_empty_question(tmp_path: Path) -> None:
+    empty = index(tmp_path, "a", {})
+    nothing = asked("cat", vector(1, 0, 0), statistics(empty))
+    assert nothing.weights == {}
+    assert search(empty, table(empty), nothing, 5) == []
+    some = index(tmp_path, "b", {"a.md": [("cat", [1, 0, 0])]})
+    assert [one.words for one in search(some, table(some), asked("?", vector(1, 0, 0), statistics(some)), 5)] == [0]
+
+
+def test_statistics_add_up() -> None:
+    assert Statistics(2, 9, {1: 2, 2: 1}) + Statistics(3, 4, {2: 2, 3: 1}) == Statistics(5, 13, {1: 2, 2: 3, 3: 1})
+
+
+three = st.lists(st.sampled_from([-SCALE, 0, 7, SCALE]), min_size=3, max_size=3)  # few, so that there are ties
+some_words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
+where = st.tuples(st.sampled_from("ABC"), st.sampled_from(["a.md", "b/c.md", "b-c.md"]))
+corpus = st.dictionaries(where, st.lists(st.tuples(some_words, three), min_size=1, max_size=3), max_size=7)
+
+
+@settings(max_examples=60)
+@given(corpus, st.just("") | some_words, three, st.integers(1, 6), st.sampled_from([0.0, 0.3, 1.0]))
+def test_silos_apart_find_what_one_index_finds(
+    tmp_path_factory: pytest.TempPathFactory, whole: dict[tuple[str, str], list[tuple[str, list[int]]]], text: str, at: list[int],
+    most: int, share: float,
+) -> None:  # fmt: skip
+    folder = tmp_path_factory.mktemp("silos")
+    apart = defaultdict[str, dict[str, list[tuple[str, list[int]]]]](dict)
+    for (silo, name), passages in whole.items():
+        apart[silo][f"{silo}/{name}"] = passages
+    pooled = index(folder, "pooled", {f"{silo}/{name}": passages for (silo, name), passages in whole.items()})
+    silos = [index(folder, silo, documents) for silo, documents in apart.items()]
+    known = sum((statistics(one) for one in silos), Statistics(0, 0, {}))
+    assert known == statistics(pooled)
+    it = asked(text, np.array(at, np.int16), known, share)
+    lists = [search(one, table(one), it, most) for one in silos]
+    assert united(lists, most) == united([search(pooled, table(pooled), it, most)], most)
+    for one in (pooled, *silos):
+        one.db.close()
+
+
+def test_of_equal_scores_the_first_by_name_and_place(tmp_path: Path) -> None:
+    one = index(tmp_path, "a", {name: [("cat", [SCALE, 0, 0])] * 2 for name in ("b.md", "a.md", "c.md")})
+    found = search(one, table(one), asked("cat", vector(SCALE, 0, 0), statistics(one)), 3)
+    assert [(hit.document, hit.number) for hit in found] == [("a.md", 0), ("a.md", 1), ("b.md", 0)]
+    assert found[0].order < found[1].order < found[2].order
+
+
+def test_more_than_a_block_of_passages(tmp_path: Path) -> None:
+    """9,000 passages, compared with all products at once."""
+    dice = np.random.default_rng(3)
+    many = dice.integers(-SCALE, SCALE, (9000, 3))
+    one = index(tmp_path, "a", {"a.md": [("cat", row) for row in many.tolist()]})
+    at = dice.integers(-SCALE, SCALE, 3)
+    found = search(one, table(one), asked("", at.astype(np.int16), statistics(one), 0.0), 10)
+    scores = many @ at
+    assert [hit.number for hit in found] == np.argsort(-scores, kind="stable")[:10].tolist()
+    assert [hit.cosine * SCALE**2 for hit in found] == sorted(scores.tolist(), reverse=True)[:10]
+
+
+def test_shares_are_shares() -> None:
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Question(vector(0, 0, 0), {}, 1.0, 1.5)
+    assert Found(0.5, "a", 0, 1, 0).order == (-0.5, "a", 0)
