@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from fedtailor.retrieval.cutting import Passage
-from fedtailor.retrieval.scoring import Statistics, Table, question, search, statistics, table, united
+from fedtailor.retrieval.scoring import Searcher, Statistics, question, statistics, united
 from fedtailor.retrieval.store import SCALE, Store, make
 
 SIZE, WORDS, OF_EACH = 384, 60, 20  # of a vector, of a passage, passages of a document
@@ -78,19 +78,22 @@ def silos(count: int, many: int) -> None:
             added, _ = timed(lambda i=index: i.put("new.md", "", new, vectors[:OF_EACH], ""))  # type: ignore[misc]
             gone, _ = timed(lambda i=index: i.remove("new.md"))  # type: ignore[misc]
             told, _ = timed(lambda i=index: statistics(i))  # type: ignore[misc]
-            opened, _ = timed(lambda i=index: table(i))  # type: ignore[misc]
+            nothing = question("", vectors[0], Statistics(0, 0, {}))
+            opened, _ = timed(lambda i=index, a=nothing: Searcher(i).search(a, 1))  # type: ignore[misc]
             changed = f"one document of {OF_EACH} passages in {added * 1e3:.1f}, out {gone * 1e3:.1f}"
             read = f"statistics {told * 1e3:.0f}, into memory {opened * 1e3:.0f}"
             print(f"{name}: {changed}; {read}; {index.status().bytes / 1e6:.0f} MB on disk")
         known = sum((statistics(index) for index in apart), Statistics(0, 0, {}))
-        held, all_of_it = [table(index) for index in apart], table(one)
+        searchers, whole_one = [Searcher(index) for index in apart], Searcher(one)
+        for searcher in (*searchers, whole_one):
+            searcher.search(nothing, 1)
         slowest, pooled = list[float](), list[float]()
         for i in dice.integers(0, size * many, QUESTIONS).tolist():
             asked = question(" ".join(texts[i].split()[:8]), vectors[i], known)
-            found = [timed(lambda j=j, a=asked: search(apart[j], held[j], a, MOST)) for j in range(many)]  # type: ignore[misc]
+            found = [timed(lambda s=s, a=asked: s.search(a, MOST)) for s in searchers]  # type: ignore[misc]
             merging, best = timed(lambda f=found: united([hits for _, hits in f], MOST))  # type: ignore[misc]
             slowest.append(max(took for took, _ in found) + merging)  # silos search at the same time
-            took, hits = timed(lambda a=asked: united([search(one, all_of_it, a, MOST)], MOST))  # type: ignore[misc]
+            took, hits = timed(lambda a=asked: united([whole_one.search(a, MOST)], MOST))  # type: ignore[misc]
             pooled.append(took)
             assert best == hits, "what silos found apart is not what one index finds"
         print(f"a question of 8 words, slowest silo and merging: {spread(slowest)}; pooled: {spread(pooled)}; the same found")
@@ -120,9 +123,9 @@ def _ours(folder: Path, texts: Sequence[str], vectors: Any, asked: Any) -> Measu
     build, index = timed(lambda: filled(folder / "index", texts, whole(vectors)))
     add, _ = timed(lambda: index.put("new.md", "", [Passage("", texts[0])], whole(vectors[:1]), ""))
     index.remove("new.md")
-    held: Table = table(index)
-    nothing = Statistics(0, 0, {})
-    found = [timed(lambda v=v: search(index, held, question("", v, nothing, 0.0), 20)) for v in whole(asked)]  # type: ignore[misc]
+    searcher, nothing = Searcher(index), Statistics(0, 0, {})
+    searcher.search(question("", whole(asked)[0], nothing, 0.0), 1)
+    found = [timed(lambda v=v: searcher.search(question("", v, nothing, 0.0), 20)) for v in whole(asked)]  # type: ignore[misc]
     hits = [{int(hit.document[:6]) * OF_EACH + hit.number for hit in some} for _, some in found]
     return build, add, [took for took, _ in found], hits
 

@@ -32,6 +32,28 @@ def test_a_sentence_that_is_too_long_is_cut_within(llama: Resident) -> None:
     assert passages("abcdefghijklmnop", 12) == [("T", "abcdefghij"), ("T", "klmnop")]
 
 
+def test_chinese_sentences_end_without_a_space(llama: Resident) -> None:
+    found = passages("\u8fd9\u662f\u3002\u4f60\u597d\u3002\u518d\u89c1\u3002", 24)
+    assert [text for _, text in found] == ["\u8fd9\u662f\u3002 \u4f60\u597d\u3002", "\u518d\u89c1\u3002"]
+
+
+def test_a_word_that_is_one_token_is_cut_by_its_letters() -> None:
+    """And a line of megabytes in less than time that grows with its square: the tokenizer never sees more than a window."""
+
+    class OneToken:
+        longest = 0
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[tuple[int, int]]]:
+            self.longest = max(self.longest, len(text))
+            return {"offset_mapping": [(0, len(text))] if text else []}
+
+    tokenizer, text = OneToken(), "x" * 300_000
+    found = [one.text for one in cut(Document("a", "", (Section(("T",), text),)), tokenizer, 50, 0)]
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 500
+    assert tokenizer.longest <= 500
+
+
 def test_long_headings_take_half_at_most(llama: Resident) -> None:
     ((section, text),) = passages("Abc.", 20, headings=("A very long title", "and more of it"))
     assert section == "A very lon"

@@ -67,6 +67,7 @@ def _inline(value: Any) -> str:
     ({"student": {"name": "lora", "rank": 0}}, r"student rank: .*greater than or equal to 1, not 0"),
     ({"trainer": {}}, r"trainer needs a name"),
     ({"consensus": "mediam"}, r"consensus = 'mediam': no such function"),
+    ({"consensus": "median", "share": "texts"}, r"consensus = 'median': is of logits; of texts the student learns every silo's"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings: Mapping[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
@@ -162,9 +163,9 @@ def test_a_silo_is_believed_about_rows_of_its_own_kind(rated: dict[str, SiloData
 
 @pytest.mark.parametrize(("strange", "told"), [
     ([0.0, 11.0], None), ([0.0, math.nan], "how strange"), ([-1.0, 1.0], "how strange"), ([1e4, 1.0], "from 0 to 100"),
-    ([1.0], "says of 1 of 2"),
+    ([1.0], "says of (1,) of 2"), (1.0, "says of () of 2"),
 ])  # fmt: skip
-def test_what_is_said_of_strangeness_is_checked(strange: list[float], told: str | None) -> None:
+def test_what_is_said_of_strangeness_is_checked(strange: list[float] | float, told: str | None) -> None:
     body = replace(BODY, method=Distill(**SMALL, consensus="familiar"))
     found = replace(SOUND, strange=torch.tensor(strange)).problem(body)
     assert found == told or (told is not None and found is not None and told in found)
@@ -196,7 +197,8 @@ def tokens(*rows: list[int], dtype: torch.dtype = torch.int32) -> Said:
     ({"spoken": torch.tensor([True])}, "says (2, 2), of (1,) whether: asked (2, 2)"),
     ({"said": Said(torch.tensor([[-1.0, -1.0]]), NO_IDS)}, "says (1, 2), of (2,) whether: asked (2, 2)"),
     ({"distance": math.nan}, "a distance of nan"),
-    ({"held": torch.tensor([True])}, "says of 1 of 2 rows whether it holds them"),
+    ({"held": torch.tensor([True])}, "says of (1,) of 2 rows whether it holds them"),
+    ({"held": torch.tensor(True)}, "says of () of 2 rows whether it holds them"),
     ({"said": tokens([1, 2], [3, 4])}, "tokens (2, 2) of torch.int32: asked none"),
 ])  # fmt: skip
 def test_replies_are_checked(more: Mapping[str, Any], told: str | None) -> None:

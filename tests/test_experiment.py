@@ -270,6 +270,8 @@ def test_another_method_than_the_files_own(tmp_path: Path) -> None:
     assert found.method == Lora(local_steps=3, lr=0.1)
     assert found.silo["north"]["lr"] == 0.2
     assert found.baseline["centralized"]["lr"] == 0.3
+    found = load(file, ['method={name="lora", lr=0.1}', "silo.north={lr=0.2}", "baseline={centralized={lr=0.3}}"])
+    assert (found.method, found.silo["north"], found.baseline["centralized"]) == (Lora(lr=0.1), {"lr": 0.2}, {"lr": 0.3})
     assert load(file, ["method.name=prefix"]).method == Prefix(lr=0.5, virtual_tokens=4, local_steps=3)
 
 

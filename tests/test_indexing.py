@@ -102,14 +102,50 @@ def test_bad_files_are_told_and_the_others_go_in(documents: Path, embedder: str,
     (documents / "empty.txt").write_text("")
     (documents / "noise.txt").write_bytes(bytes(range(256)) * 9)
     (documents / "large.txt").write_text("word " * 3000)
-    if os.getuid():
-        (documents / "closed.txt").touch(mode=0)
+    (documents / "link.txt").symlink_to(tmp_path / "nowhere")
+    (documents / "elsewhere").symlink_to(tmp_path)
+    (documents / "new\nline.txt").write_text("x")
+    (documents / os.fsdecode(b"caf\xe9.txt")).write_text("x")
     done = fedtailor("index", "add", tmp_path / "an.index", documents, "--embedder", embedder, "--largest", "0.01")
     assert done.code == 2
     assert "2 new" in done.out
     said = "\n".join(done.err)
-    for line in ("bad.pdf: damaged PDF", "empty.txt: no text", "noise.txt: no text in any", "large.txt: 0.015 MB, more than"):
+    for line in (
+        "bad.pdf: damaged PDF", "empty.txt: no text", "noise.txt: no text in any", "large.txt: 0.015 MB, more than",
+        "link.txt: No such file", "elsewhere: a link to a folder; add that one", r"'new\nline.txt': a name that cannot be shown",
+        r"'caf\udce9.txt': a name that cannot be shown",
+    ):  # fmt: skip
         assert line in said
+
+
+def test_what_is_gone_or_went_bad_is_told_and_kept(documents: Path, embedder: str, tmp_path: Path, fedtailor: Command) -> None:
+    at = tmp_path / "an.index"
+    fedtailor("index", "add", at, documents, "--embedder", embedder)
+    (documents / "deep" / "b.txt").unlink()
+    (documents / "a.md").write_bytes(bytes(range(256)) * 9)
+    done = fedtailor("index", "add", at, documents)
+    said = "\n".join(done.err)
+    assert "a.md: no text in any encoding that is known; save it as UTF-8, or leave it out; its earlier version is kept" in said
+    assert "still in the index: deep/b.txt: its file is gone" in said
+    assert "holds 2 documents" in done.out
+    done = fedtailor("index", "add", at, documents, "--prune")
+    assert "taken out: deep/b.txt: its file is gone" in "\n".join(done.err)
+    assert "holds 1 documents" in done.out
+
+
+def test_a_name_is_one_documents(documents: Path, embedder: str, tmp_path: Path, fedtailor: Command) -> None:
+    """A second folder's file of the same name takes nobody's place, unless the first has moved."""
+    at, other = tmp_path / "an.index", tmp_path / "other"
+    fedtailor("index", "add", at, documents, "--embedder", embedder)
+    other.mkdir()
+    (other / "a.md").write_text("Another text.")
+    done = fedtailor("index", "add", at, other)
+    assert done.code == 2
+    assert "'a.md' is how" in "\n".join(done.err)
+    with store.load(at) as found:
+        assert found.passage("a.md", 0).section == "Cats"
+    (documents / "a.md").unlink()
+    assert "0 new, 1 changed" in fedtailor("index", "add", at, other).out
 
 
 def test_a_large_document_goes_in(embedder: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,47 @@ def test_markdown_by_its_headings(tmp_path: Path) -> None:
     ]
 
 
+def test_markdown_without_headings_and_of_headings_alone(tmp_path: Path) -> None:
+    assert told(tmp_path, "a.md", "Plain.\n") == [("a", "Plain.")]
+    assert told(tmp_path, "b.md", "") == []
+    assert told(tmp_path, "c.md", "# A\n\n## B\n\n## C\ntext\n\n# Call 555-1234\n") == [
+        ("A > B", "B"), ("A > C", "text"), ("Call 555-1234", "Call 555-1234")
+    ]  # fmt: skip
+
+
+def test_front_matter_is_text_and_may_say_the_title(tmp_path: Path) -> None:
+    text = '---\ntitle: "My page"\nauthor: Ann\n---\nBegin.\n\n# A\nx\n'
+    assert told(tmp_path, "a.md", text) == [("My page", 'title: "My page"\nauthor: Ann\n\nBegin.'), ("A", "x")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\u2028", "\x0c"])
+def test_ends_of_lines_of_all_kinds(tmp_path: Path, end: str) -> None:
+    text = end.join(["One", "two.", "", "# A", "first of A", "", "# B", "first of B"])
+    assert told(tmp_path, "a.md", text) == [("a", "One\ntwo."), ("A", "first of A"), ("B", "first of B")]
+
+
+def test_spaces_of_all_widths_part_words(tmp_path: Path) -> None:
+    text = "10\u00a0000 euros, Mr.\u00a0Smith\u3000signs.\u2009So\u00ad\u202e \u0645\u06cc\u200c\u062e"
+    assert told(tmp_path, "a.txt", text) == [("a", "10 000 euros, Mr. Smith signs. So \u0645\u06cc\u200c\u062e")]
+
+
+def test_headings_tell_a_terminal_nothing(tmp_path: Path) -> None:
+    assert told(tmp_path, "a.md", "# \x1b[31mred\x1b]0;x\x07\ntext") == [("[31mred]0;x", "text")]
+
+
+def test_html_as_it_is_found(tmp_path: Path) -> None:
+    """Deep, long, of any blocks, with parts that are not shown."""
+    deep = "<p>before</p>" + "<div>" * 900 + "deep" + "</div>" * 900 + "<p>after</p>"
+    assert told(tmp_path, "deep.html", deep) == [("deep", "before\n\ndeep\n\nafter")]
+    ((_, text),) = told(tmp_path, "long.html", f"<p>{'word ' * 2_200_000}</p><p>end</p>")
+    assert text.endswith("word\n\nend")
+    form = "<form><label>Name</label><select><option>a</option><option>b</option></select></form>"
+    blocks = f"<header>One</header><aside>Two</aside>{form}"
+    assert told(tmp_path, "blocks.html", blocks) == [("blocks", "One\n\nTwo\n\nName\n\na\n\nb")]
+    hidden = '<p>seen<span hidden>no</span></p><p style="Display : none">no</p><p>a<br>b</p>'
+    assert told(tmp_path, "hidden.html", hidden) == [("hidden", "seen\n\na\n\nb")]
+
+
 def test_html_by_its_headings_and_without_what_is_not_shown(tmp_path: Path) -> None:
     page = (
         "<html><head><title>A page</title><style>p{}</style></head><body><p>Before <b>all</b>.</p><script>x=1</script>"
@@ -52,9 +94,22 @@ def test_html_by_its_headings_and_without_what_is_not_shown(tmp_path: Path) -> N
     assert told(tmp_path, "empty.html", "") == []
 
 
-def test_a_page_says_its_encoding(tmp_path: Path) -> None:
-    page = '<html><head><meta charset="iso-8859-1"></head><body><p>caf\u00e9</p></body></html>'
-    assert told(tmp_path, "latin.html", page.encode("latin-1")) == [("latin", "caf\u00e9")]
+@pytest.mark.parametrize(("page", "encoding"), [
+    ('<html><head><meta charset="iso-8859-1"></head><body><p>caf\u00e9</p></body></html>', "latin-1"),
+    ('<html><head><meta charset="windows-1251"></head><body><p>\u0434\u0430</p></body></html>', "cp1251"),
+    ("<p>The charset of caf\u00e9</p>", "utf-8"),
+    ('<meta charset="nonsense"><p>caf\u00e9</p>', "utf-8"),
+    ('<meta charset="nonsense"><p>caf\u00e9</p>', "cp1252"),
+    ('<?xml version="1.0" encoding="UTF-8"?><html><body><p>caf\u00e9</p></body></html>', "utf-8"),
+])  # fmt: skip
+def test_a_page_says_its_encoding(tmp_path: Path, page: str, encoding: str) -> None:
+    ((_, text),) = told(tmp_path, "a.html", page.encode(encoding))
+    assert text.split()[-1] in ("caf\u00e9", "\u0434\u0430")
+
+
+@pytest.mark.parametrize("text", ["Gr\u00f6\u00dfe: 5 \u00b5m", "M\u00fcller, caf\u00e9"])
+def test_a_few_western_letters_are_western(tmp_path: Path, text: str) -> None:
+    assert told(tmp_path, "a.txt", text.encode("cp1252")) == [("a", text)]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
@@ -92,6 +147,19 @@ def test_a_locked_pdf_is_told(tmp_path: Path) -> None:
         writer.write(file)
     with pytest.raises(UserError, match="locked with a password"):
         read(tmp_path / "locked.pdf", "locked.pdf")
+
+
+def test_whatever_a_parser_trips_over_is_told(tmp_path: Path) -> None:
+    """Bytes of a good file changed, one at a time: text, or one kind of failure."""
+    good = pdf("A page.")
+    for place in range(0, len(good), 3):
+        (tmp_path / "a.pdf").write_bytes(good[:place] + bytes([good[place] ^ 21]) + good[place + 1 :])
+        with contextlib.suppress(UserError):
+            read(tmp_path / "a.pdf", "a.pdf")
+    page = good.replace(b"/Length 43", b"/Filter /None /Length 43").replace(b"/Length 38", b"/Filter /None /Length 38")
+    (tmp_path / "a.pdf").write_bytes(page)
+    with pytest.raises(UserError, match=r"a\.pdf: damaged PDF"):
+        read(tmp_path / "a.pdf", "a.pdf")
 
 
 def test_another_kind_of_file(tmp_path: Path) -> None:

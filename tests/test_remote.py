@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedtailor.baselines import Bare
 from fedtailor.engines import remote
 from fedtailor.engines.courier import Answer
 from fedtailor.engines.in_process import InProcess
+from fedtailor.engines.reach import _problem
 from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open, Opened
 from fedtailor.errors import RunError
@@ -254,6 +255,19 @@ def test_a_reply_of_another_class_is_rejected_by_name(tmp_path: Path) -> None:
     one = engine(Other(tmp_path), asked())
     asked().method.round(asked().method.begin(one.reach(0)), one.reach(1))
     assert one.rejected == [(1, "shop", "a body of class Open was not asked for")]
+
+
+def test_a_reply_whose_own_check_trips_is_one_silos_fault() -> None:
+    @dataclass(frozen=True)
+    class Odd:
+        number: object
+
+        def problem(self, asked: object) -> str | None:
+            return None if self.number > 0 else "too small"  # type: ignore[operator]
+
+    assert _problem(Odd(1), None, Odd) is None
+    assert _problem(Odd(0), None, Odd) == "too small"
+    assert str(_problem(Odd("x"), None, Odd)).startswith("cannot be checked (TypeError: ")
 
 
 def test_a_lost_silo_is_waited_for_less_and_less_until_it_answers(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtailor.retrieval.cutting import Passage
-from fedtailor.retrieval.scoring import Found, Question, Statistics, question, search, statistics, table, united
+from fedtailor.retrieval.scoring import Found, Question, Searcher, Statistics, question, searched, statistics, united
 from fedtailor.retrieval.store import SCALE, Store, Vectors, make
 from fedtailor.retrieval.terms import K1, terms
 
@@ -49,7 +49,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert statistics(one, [cat]).having == {cat: 2}
     it = asked("cat sat bird", vector(SCALE, 0, 0), known)
     assert it.weights == pytest.approx({cat: math.log(1 + 1.5 / 2.5), sat: math.log(1 + 2.5 / 1.5)})
-    found = {(one.document, one.number): one for one in search(one, table(one), it, 5)}
+    found = {(one.document, one.number): one for one in searched(one, it, 5)}
     assert [found[key].cosine for key in (("a.md", 0), ("a.md", 1), ("b.md", 0))] == [1, 0, -1]
     most = sum(it.weights.values()) * 2.2
     short, long = 1.2 * (0.25 + 0.75 * 3 / 4), 1.2 * (0.25 + 0.75 * 6 / 4)  # k1 (1 - b + b words / mean)
@@ -64,9 +64,9 @@ def test_an_empty_index_and_an_empty_question(tmp_path: Path) -> None:
     empty = index(tmp_path, "a", {})
     nothing = asked("cat", vector(1, 0, 0), statistics(empty))
     assert nothing.weights == {}
-    assert search(empty, table(empty), nothing, 5) == []
+    assert searched(empty, nothing, 5) == []
     some = index(tmp_path, "b", {"a.md": [("cat", [1, 0, 0])]})
-    assert [one.words for one in search(some, table(some), asked("?", vector(1, 0, 0), statistics(some)), 5)] == [0]
+    assert [one.words for one in searched(some, asked("?", vector(1, 0, 0), statistics(some)), 5)] == [0]
 
 
 def test_statistics_add_up() -> None:
@@ -75,7 +75,7 @@ def test_statistics_add_up() -> None:
 
 three = st.lists(st.sampled_from([-SCALE, 0, 7, SCALE]), min_size=3, max_size=3)  # few, so that there are ties
 some_words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
-where = st.tuples(st.sampled_from("ABC"), st.sampled_from(["a.md", "b/c.md", "b-c.md"]))
+where = st.tuples(st.sampled_from(["A", "A-", "B"]), st.sampled_from(["a.md", "b/c.md", "b-c.md"]))
 corpus = st.dictionaries(where, st.lists(st.tuples(some_words, three), min_size=1, max_size=3), max_size=7)
 
 
@@ -88,21 +88,23 @@ def test_silos_apart_find_what_one_index_finds(
     folder = tmp_path_factory.mktemp("silos")
     apart = defaultdict[str, dict[str, list[tuple[str, list[int]]]]](dict)
     for (silo, name), passages in whole.items():
-        apart[silo][f"{silo}/{name}"] = passages
+        apart[silo][name] = passages
     pooled = index(folder, "pooled", {f"{silo}/{name}": passages for (silo, name), passages in whole.items()})
-    silos = [index(folder, silo, documents) for silo, documents in apart.items()]
-    known = sum((statistics(one) for one in silos), Statistics(0, 0, {}))
+    silos = {silo: index(folder, silo, documents) for silo, documents in apart.items()}
+    known = sum((statistics(one) for one in silos.values()), Statistics(0, 0, {}))
     assert known == statistics(pooled)
     it = asked(text, np.array(at, np.int16), known, share)
-    lists = [search(one, table(one), it, most) for one in silos]
-    assert united(lists, most) == united([search(pooled, table(pooled), it, most)], most)
-    for one in (pooled, *silos):
+    found = united([searched(one, it, most, silo) for silo, one in silos.items()], most)
+    assert [(one.order, one.cosine, one.words) for one in found] == [
+        (one.order, one.cosine, one.words) for one in united([searched(pooled, it, most)], most)
+    ]
+    for one in (pooled, *silos.values()):
         one.db.close()
 
 
 def test_of_equal_scores_the_first_by_name_and_place(tmp_path: Path) -> None:
     one = index(tmp_path, "a", {name: [("cat", [SCALE, 0, 0])] * 2 for name in ("b.md", "a.md", "c.md")})
-    found = search(one, table(one), asked("cat", vector(SCALE, 0, 0), statistics(one)), 3)
+    found = searched(one, asked("cat", vector(SCALE, 0, 0), statistics(one)), 3)
     assert [(hit.document, hit.number) for hit in found] == [("a.md", 0), ("a.md", 1), ("b.md", 0)]
     assert found[0].order < found[1].order < found[2].order
 
@@ -113,13 +115,35 @@ def test_more_than_a_block_of_passages(tmp_path: Path) -> None:
     many = dice.integers(-SCALE, SCALE, (9000, 3))
     one = index(tmp_path, "a", {"a.md": [("cat", row) for row in many.tolist()]})
     at = dice.integers(-SCALE, SCALE, 3)
-    found = search(one, table(one), asked("", at.astype(np.int16), statistics(one), 0.0), 10)
+    found = searched(one, asked("", at.astype(np.int16), statistics(one), 0.0), 10)
     scores = many @ at
     assert [hit.number for hit in found] == np.argsort(-scores, kind="stable")[:10].tolist()
     assert [hit.cosine * SCALE**2 for hit in found] == sorted(scores.tolist(), reverse=True)[:10]
+
+
+def test_what_is_held_in_memory_follows_the_index(tmp_path: Path) -> None:
+    """A document goes, another comes in its place: neither its words nor its vector stay."""
+    one = index(tmp_path, "a", {"a.md": [("cat", [SCALE, 0, 0])], "b.md": [("bird sings", [0, SCALE, 0])]})
+    searcher, it = Searcher(one), asked("bird", vector(0, SCALE, 0), statistics(one))
+    assert searcher.search(it, 1)[0].document == "b.md"
+    held = searcher.held
+    assert searcher.search(it, 1)
+    assert searcher.held is held, "nothing changed"
+    one.remove("b.md")
+    one.put("c.md", "s", [Passage("", "cat cat cat")], np.array([[0, 0, SCALE]], np.int16), "now")
+    found = searcher.search(asked("cat", vector(0, 0, SCALE), statistics(one)), 5)
+    assert [(hit.document, hit.cosine) for hit in found] == [("c.md", 1), ("a.md", 0)]
+    assert all(hit.words > 0 for hit in found)
+
+
+def test_a_silo_is_part_of_a_source() -> None:
+    """Two silos may have a document of the same name, that says the same."""
+    one, other = (Found(0.5, "README.md", 0, 0.5, 0.5, silo) for silo in ("north", "south"))
+    assert united([[one], [other]], 5) == [one, other]
 
 
 def test_shares_are_shares() -> None:
     with pytest.raises(ValueError, match="from 0 to 1"):
         Question(vector(0, 0, 0), {}, 1.0, 1.5)
     assert Found(0.5, "a", 0, 1, 0).order == (-0.5, "a", 0)
+    assert Found(0.5, "a", 0, 1, 0, "north").order == (-0.5, "north/a", 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ def postings(index: Store) -> int:
 
 def test_in_and_out(index: Store) -> None:
     index.put("a.md", "s1", TWO, vectors(2), "now")
-    assert index.documents() == {"a.md": "s1"}
+    assert index.documents() == {"a.md": ("s1", "")}
     status = index.status()
     assert (status.documents, status.passages, status.words, status.embedder, status.size) == (1, 2, 4 + 6, "tiny", 4)
     assert postings(index) == 4 + 5, "t the cat sat; t the dog and cat"
@@ -52,7 +54,7 @@ def test_a_document_takes_the_place_of_one_of_its_name(index: Store) -> None:
     index.put("a.md", "s1", TWO, vectors(2), "now")
     before = index.about("version")
     index.put("a.md", "s2", TWO[:1], vectors(1), "later")
-    assert index.documents() == {"a.md": "s2"}
+    assert index.documents() == {"a.md": ("s2", "")}
     assert (index.status().passages, postings(index)) == (1, 4)
     assert index.about("version") != before
 
@@ -88,7 +90,7 @@ def test_wrong_vectors_change_nothing(index: Store) -> None:
         index.put("a.md", "s2", TWO[:1], vectors(2), "now")
     with pytest.raises(ValueError, match="float64"):
         index.put("a.md", "s2", TWO, np.zeros((2, 4)), "now")  # type: ignore[arg-type]
-    assert index.documents() == {"a.md": "s1"}
+    assert index.documents() == {"a.md": ("s1", "")}
 
 
 WRITER = """
@@ -118,7 +120,7 @@ def test_a_kill_in_the_middle_leaves_whole_documents(index: Store, tmp_path: Pat
         last = said[-1] if said else last
         with load(index.path) as found:
             held = found.documents()
-            assert int(held[f"{int(last) % 7}.md"]) >= int(last)
+            assert int(held[f"{int(last) % 7}.md"][0]) >= int(last)
             of = "select count(*), count(distinct number) from passages group by document"
             assert set(found.db.execute(of)) == {(40, 40)}
             assert found.db.execute("select count(distinct document) from passages").fetchone()[0] == len(held)
@@ -127,17 +129,58 @@ def test_a_kill_in_the_middle_leaves_whole_documents(index: Store, tmp_path: Pat
             assert found.db.execute(lost).fetchone()[0] == 0
 
 
-def test_what_is_no_index(tmp_path: Path) -> None:
+def test_what_is_no_index_is_told_and_not_touched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no index there; make one with `fedtailor index add"):
         load(tmp_path / "none")
+    with pytest.raises(UserError, match="a folder, not an index"):
+        load(tmp_path)
     (tmp_path / "text").write_text("some other file " * 100)
-    with pytest.raises(UserError, match="cannot be opened as an index"):
-        load(tmp_path / "text")
-    other = sqlite3.connect(tmp_path / "other")
-    other.execute("create table x (y)")
-    other.commit()
-    with pytest.raises(UserError, match="no index, or a damaged one"):
-        load(tmp_path / "other")
+    (tmp_path / "empty").touch()
+    with closing(sqlite3.connect(tmp_path / "other")) as other:
+        other.execute("create table x (y)")
+        other.commit()
+    for name in ("text", "empty", "other"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match="no index of fedtailor; name another file"):
+            load(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_damaged_index(index: Store) -> None:
+    index.put("a.md", "s1", TWO, vectors(2), "now")
+    index.db.close()
+    index.path.write_bytes(index.path.read_bytes()[:100] + b"x" * 3000)
+    with pytest.raises(UserError, match="a damaged index"):
+        load(index.path)
+
+
+def test_it_is_made_once_and_whole(index: Store) -> None:
+    with pytest.raises(UserError, match="another process has just made it"):
+        make(index.path, "tiny", "", 4, (20, 4))
+    assert [path.name for path in index.path.parent.iterdir() if path.name.startswith(".index")] == []
+
+
+def test_what_is_read_within_is_of_one_state(index: Store) -> None:
+    index.put("a.md", "s1", TWO, vectors(2), "now")
+    with load(index.path) as other, other.snapshot():
+        before = other.about("version")
+        index.remove("a.md")
+        assert other.passage("a.md", 0) == TWO[0]
+        assert other.about("version") == before
+    with load(index.path) as other, pytest.raises(KeyError):
+        other.passage("a.md", 0)
+
+
+def test_an_index_that_may_not_be_written_can_be_read(index: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.put("a.md", "s1", TWO, vectors(2), "now")
+    index.db.close()
+    before = index.path.read_bytes()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may everything
+    with load(index.path) as found:
+        assert found.status().documents == 1
+        with pytest.raises(UserError, match="cannot be written to; change its permissions"):
+            found.remove("a.md")
+    assert index.path.read_bytes() == before
 
 
 def test_an_index_of_another_format(index: Store) -> None:
@@ -152,7 +195,7 @@ def test_a_full_disk_keeps_what_was_added_before(index: Store) -> None:
     index.db.execute(f"pragma max_page_count = {pages + 1}")
     with pytest.raises(RunError, match="full; what was added before is kept"):
         index.put("b.md", "s1", [Passage("T", "word " * 9000)] * 9, vectors(9), "now")
-    assert index.documents() == {"a.md": "s1"}
+    assert index.documents() == {"a.md": ("s1", "")}
 
 
 def test_two_writers(index: Store) -> None:

@@ -18,6 +18,13 @@ def test_case_and_ways_of_writing_are_one_word() -> None:
     assert terms("... !") == {}
 
 
+def test_where_no_spaces_part_words() -> None:
+    """Of each two letters: what is asked for is part of what is written."""
+    assert len(terms("\u5317\u4eac")) == 1
+    assert terms("\u5317\u4eac").keys() <= terms("\u5317\u4eac\u662f\u4e2d\u56fd\u7684\u9996\u90fd").keys()
+    assert terms("\u5317x\u4eac").total() == 3
+
+
 @given(st.lists(st.sampled_from(["a", "bc", "42", "naïve", "x_y"]), max_size=9))
 def test_as_many_numbers_as_words(words: list[str]) -> None:
     counts = terms(" ".join(words))

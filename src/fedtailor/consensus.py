@@ -35,7 +35,8 @@ def entropy(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
 
 def familiar(probs: Tensor, spoken: Tensor, losses: Tensor) -> Tensor:
     """As `entropy`, and in proportion to how likely the row's tokens are among the silo's own (`proxies.strangeness`): a silo is
-    believed more about rows of its own kind (DaFKD, Wang et al. 2023, where silos train a discriminator)."""
+    believed more about rows of its own kind (DaFKD, Wang et al. 2023, where silos train a discriminator). For silos with about
+    as many rows each: to one with few every row is stranger, its own kind, too."""
     return _weighed(probs, _trust(spoken, EVIDENCE * losses) * _sure(probs))
 
 

@@ -336,8 +336,13 @@ def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[s
         *((f"baseline.{row}", one, gone) for row, one in _tables(table, "baseline")),
         *((f"silo.{silo}", one, (per_silo(old) - per_silo(new)) | {"lr"}) for silo, one in _tables(table, "silo")),
     ]:
-        for key in [k for k in settings if k in mine and not any(f"{s}.".startswith(f"{place}.{k}.") for s in sets)]:
+        for key in [k for k in settings if k in mine and not _asked(f"{place}.{k}.", sets)]:
             del settings[key]
+
+
+def _asked(place: str, sets: set[str]) -> bool:
+    """Whether this was set, or a part of it, or what it is a part of."""
+    return any(f"{one}.".startswith(place) or place.startswith(f"{one}.") for one in sets)
 
 
 def _tables(table: Mapping[str, Any], part: str) -> list[tuple[str, dict[str, Any]]]:

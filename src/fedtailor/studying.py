@@ -64,15 +64,16 @@ class Study:
     @property
     def familiar(self) -> bool:
         """Whether silos are to say how strange each row is to them."""
-        return self.method.consensus == "familiar" and self.method.share == "logits"
+        return self.method.consensus == "familiar"
 
 
 @dataclass(frozen=True)
 class Spoken:
-    """Up: what this silo's model says of the public rows; of private rows two mean losses alone.
+    """Up: what this silo's model says of the public rows; of private ones two mean losses, and how far the public ones are.
 
     It says which public rows it holds itself, in whichever split: nobody then learns from these. A model's opinion of
-    public rows can tell of the rows it was trained on, as a gradient can: this is no anonymity.
+    public rows can tell of the rows it was trained on, as a gradient can: this is no anonymity. `strange` is more: who
+    chooses the public rows can read from it how often a silo's own rows have a word.
     """
 
     said: Said  # fp16
@@ -92,10 +93,10 @@ class Spoken:
         if not 0 <= self.distance <= 1:
             return f"a distance of {self.distance}"
         if self.held.shape != (len(asked.rows),) or self.held.dtype != torch.bool:
-            return f"says of {len(self.held)} of {len(asked.rows)} rows whether it holds them"
+            return f"says of {tuple(self.held.shape)} of {len(asked.rows)} rows whether it holds them"
         strange = self.strange.float()
         if asked.familiar and not (strange.shape == self.held.shape and bool(((strange >= 0) & (strange < STRANGE)).all())):
-            return f"says of {len(strange)} of {len(asked.rows)} rows how strange they are, from 0 to {STRANGE:g} nats"
+            return f"says of {tuple(strange.shape)} of {len(asked.rows)} rows how strange they are, from 0 to {STRANGE:g} nats"
         if asked.method.share == "texts":
             return None if len(self.texts) == len(asked.rows) else f"{len(self.texts)} answers to {len(asked.rows)} rows"
         logp = self.said.logp.float()

@@ -73,8 +73,9 @@ class Distill(Method[State]):
     one_by_one: ClassVar[str] = "each silo may have a model of its own"
     BESIDES: ClassVar[str] = (
         "Of answers in text the shape is (tokens of the round's public answers, top). Besides: which public rows the silo holds "
-        'itself, two mean losses, rows seen; with share = "texts" an answer to each public row; at evaluation: sums and counts. '
-        "No private rows, weights or gradients leave."
+        "itself, how far the public rows' tokens are from its own, two mean losses, rows seen; with consensus = 'familiar' how "
+        "strange each public row's tokens are to it, by which a server can tell how often it has a word; with share = 'texts' "
+        "an answer to each public row; at evaluation: sums and counts. No private rows, weights or gradients leave."
     )
 
     trainer: Mapping[str, Any] = field(default_factory=_lora)  # how a silo trains its model
@@ -99,6 +100,8 @@ class Distill(Method[State]):
         self.trains, self.teaches  # noqa: B018  both are checked
         if self.consensus not in consensus.names() and ":" not in self.consensus:
             raise ValueError(f"consensus = {self.consensus!r}: no such function{suggest(self.consensus, consensus.names())}")
+        if self.share == "texts" and self.consensus != "mean":
+            raise ValueError(f"consensus = {self.consensus!r}: is of logits; of texts the student learns every silo's")
 
     @property
     def needs_public(self) -> bool:

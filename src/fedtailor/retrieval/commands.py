@@ -18,17 +18,21 @@ def add(
     documents: Annotated[list[Path], typer.Argument(help="files, and folders of them: text, Markdown, HTML, PDF")],
     embedder: Annotated[str, typer.Option(help="of a new index: a packaged encoder, a folder or a hub id; default minilm")] = "",
     largest: Annotated[float, typer.Option(help="MB of a file, above which it is left out")] = 50.0,
+    prune: Annotated[bool, typer.Option("--prune", help="take out what is no more in the folders")] = False,
 ) -> None:
     """Add documents, and do those anew that changed. Each is cited by its path below the folder that was added."""
+    from fedtailor.errors import printable
     from fedtailor.retrieval import embedding, indexing
 
     opened, model = indexing.opened(index, embedder, embedding.load)
     with opened:
-        done = indexing.add(opened, model, documents, largest)
+        done = indexing.add(opened, model, documents, largest, prune)
         for line in done.failed:
-            typer.echo(f"left out: {line}", err=True)
+            typer.echo(f"left out: {printable(line)}", err=True)
         for name in done.empty:
             typer.echo(f"left out: {name}: no text in it", err=True)
+        for name in done.gone:
+            typer.echo(f"{'taken out' if prune else 'still in the index'}: {name}: its file is gone", err=True)
         held = opened.status()
     what = f"{done.new} new, {done.changed} changed, {done.same} as they were"
     typer.echo(f"{index}: {what}; holds {_counted(held.documents, held.passages)}")
@@ -76,17 +80,19 @@ def search(
     from fedtailor.errors import UserError
     from fedtailor.retrieval import embedding, indexing, scoring, store
 
-    if not question.strip():
-        raise UserError("an empty question; write it in quotes")
+    if not question.strip() or not question.isprintable():
+        raise UserError("a question is a line of words; write it in quotes")
     store.load(index).db.close()
     opened, model = indexing.opened(index, "", embedding.load)
     with opened:
-        asked = scoring.question(question, model().questions([question])[0], scoring.statistics(opened))
-        found = scoring.united([scoring.search(opened, scoring.table(opened), asked, 50)], 50)[:most]
-        for one in found:
-            passage = opened.passage(one.document, one.number)
-            typer.echo(f"[{one.document}#{passage.section}] {one.score:.3f}")
-            typer.echo(f"  {' '.join(passage.text.split())}\n")
+        vector = model().questions([question])[0]
+        with opened.snapshot():
+            asked = scoring.question(question, vector, scoring.statistics(opened))
+            found = scoring.united([scoring.searched(opened, asked, max(50, most))], max(50, most))[:most]
+            passages = [opened.passage(one.document, one.number) for one in found]
+    for one, passage in zip(found, passages, strict=True):
+        typer.echo(f"[{one.document}#{passage.section}] {one.score:.3f}")
+        typer.echo(f"  {' '.join(passage.text.split())}\n")
     if not found:
         typer.echo("no passage found")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,11 @@ def load(name: str) -> Embedder:
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     except ModuleNotFoundError:
         raise UserError("embedding documents needs the extra: pip install 'fedtailor[rag]'") from None
+    if name not in PACKAGED and Path(name).is_dir():
+        name = str(Path(name).resolve())  # it is found again from another folder
     source = str(folder(name)) if name in PACKAGED else name
     try:
-        if Path(source).is_dir() and not (Path(source) / "1_Pooling" / "config.json").exists():  # weights alone: their mean
+        if _bare(Path(source)):
             inner = Transformer(source)
             inner.modality_config.pop("message", None)  # a chat template would be put around each text
             model = st.SentenceTransformer(modules=[inner, Pooling(inner.get_embedding_dimension(), "mean")])
@@ -67,7 +70,18 @@ def load(name: str) -> Embedder:
             model = st.SentenceTransformer(source)
     except (OSError, ValueError) as error:
         raise UserError(f"embedder {name!r}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if not hasattr(model.tokenizer, "num_special_tokens_to_add"):
+        raise UserError(f"embedder {name!r}: no transformer, whose tokens passages are cut by; choose another")
     weights = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         weights.update(key.encode() + tensor.cpu().contiguous().float().numpy().tobytes())
     return Embedder(model.eval(), name, weights.hexdigest())
+
+
+def _bare(source: Path) -> bool:
+    """A folder of weights without a word of how states become one vector: then it is their mean."""
+    if not source.is_dir():
+        return False
+    file = source / "modules.json"
+    parts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else [{"type": "Pooling", "path": "none"}]
+    return any(part["type"].endswith("Pooling") and not (source / part["path"] / "config.json").exists() for part in parts)

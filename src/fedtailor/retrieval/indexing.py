@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ class Added:
     same: int
     empty: tuple[str, ...]  # files without text
     failed: tuple[str, ...]  # a line each
+    gone: tuple[str, ...]  # read before below the folders that were added, and there no more
 
 
 def opened(path: Path, name: str, load: Callable[[str], Embedder]) -> tuple[store.Store, Callable[[], Embedder]]:
@@ -56,35 +58,54 @@ def opened(path: Path, name: str, load: Callable[[str], Embedder]) -> tuple[stor
     return found, again
 
 
-def add(index: store.Store, embedder: Callable[[], Embedder], paths: Sequence[Path], largest: float = LARGEST) -> Added:
-    """Files, and all that can be read in folders, which are named by their path below these. Raises UserError for a path that is
-    not there, or two files of one name."""
-    files = _files(paths)
+def add(
+    index: store.Store, embedder: Callable[[], Embedder], paths: Sequence[Path], largest: float = LARGEST, prune: bool = False
+) -> Added:
+    """Files, and all that can be read in folders, which are named by their path below these. `prune`: take out what was read
+    below these folders and is there no more. Raises UserError for a path that is not there, or two files of one name."""
+    files, failed = _files(paths)
     known, new, changed, same = index.documents(), 0, 0, 0
-    empty, failed = list[str](), list[str]()
+    empty = list[str]()
     size, overlap = int(index.about("cut")), int(index.about("overlap"))
     with progress.bar("documents", len(files)) as advance:
         for name, path in files.items():
+            before, source = known.get(name), str(path.resolve())
             try:
-                if (held := path.stat().st_size / 1e6) > largest:
-                    raise UserError(f"{path}: {held:.3g} MB, more than {largest:g}; split it, or raise --largest")
-                if known.get(name) == digest(path):
+                _may(path, name, before[1] if before else source, largest)
+                if before and before[0] == digest(path):
                     same += 1
                     continue
                 document = read(path, name)
             except (UserError, OSError) as error:
-                failed.append(str(error))
+                told = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                failed.append(f"{told}{'; its earlier version is kept' if before else ''}")
                 continue
             finally:
                 advance()
-            passages = document.sections and list(cut(document, embedder().model.tokenizer, size, overlap))
-            if not passages:
+            if not document.sections:
                 empty.append(name)
                 index.remove(name)
                 continue
-            index.put(name, document.sha256, passages, _vectors(embedder(), [p.indexed for p in passages]), _now())
-            new, changed = new + (name not in known), changed + (name in known)
-    return Added(new, changed, same, tuple(empty), tuple(failed))
+            passages = list(cut(document, embedder().model.tokenizer, size, overlap))
+            vectors = _vectors(embedder(), [passage.indexed for passage in passages])
+            index.put(name, document.sha256, passages, vectors, _now(), source)
+            new, changed = new + (before is None), changed + (before is not None)
+    roots = [path.resolve() for path in paths if path.is_dir()]
+    was = {name: Path(source) for name, (_, source) in index.documents().items()}
+    gone = [name for name, at in was.items() if not at.exists() and any(root in at.parents for root in roots)]
+    for name in gone if prune else ():
+        index.remove(name)
+    return Added(new, changed, same, tuple(empty), tuple(failed), tuple(gone))
+
+
+def _may(path: Path, name: str, before: str, largest: float) -> None:
+    """Raises UserError where it is not to be read."""
+    if not name.isprintable():
+        raise UserError(f"{name!r}: a name that cannot be shown; rename it")
+    if before != str(path.resolve()) and Path(before).exists():
+        raise UserError(f"{path}: {name!r} is how {before} is cited; add the folder that holds both, or take that one out first")
+    if (held := path.stat().st_size / 1e6) > largest:
+        raise UserError(f"{path}: {held:.3g} MB, more than {largest:g}; split it, or raise --largest")
 
 
 def _vectors(embedder: Embedder, texts: Sequence[str]) -> store.Vectors:
@@ -96,27 +117,34 @@ def _vectors(embedder: Embedder, texts: Sequence[str]) -> store.Vectors:
     return np.concatenate(found)
 
 
-def _files(paths: Sequence[Path]) -> dict[str, Path]:
-    """name -> file, in order of names."""
-    found = dict[str, Path]()
-    for name, path in (pair for given in paths for pair in _below(given)):
+def _files(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+    """name -> file, in order of names; and what could not be looked into."""
+    found, failed = dict[str, Path](), list[str]()
+    for name, path in (pair for given in paths for pair in _below(given, failed)):
         if found.setdefault(name, path).resolve() != path.resolve():
             raise UserError(f"{path} and {found[name]} would both be cited as {name!r}; add the folder that holds both")
-    if not found:
+    if not found and not failed:
         raise UserError(f"{', '.join(map(str, paths))}: no document there ({', '.join(kinds())})")
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), failed
 
 
-def _below(given: Path) -> Iterator[tuple[str, Path]]:
-    if given.is_dir():
-        for path in sorted(given.rglob("*")):
-            below = path.relative_to(given)
-            if path.suffix.lower() in kinds() and path.is_file() and not any(part.startswith(".") for part in below.parts):
-                yield below.as_posix(), path
-    elif given.exists():
+def _below(given: Path, failed: list[str]) -> Iterator[tuple[str, Path]]:
+    """Nothing whose name begins with a dot, and nothing through a link to a folder: it may lead anywhere, also back."""
+    if not given.is_dir():
+        if not given.exists():
+            raise UserError(f"{given}: not there")
         yield given.name, given
-    else:
-        raise UserError(f"{given}: not there")
+        return
+
+    def closed(error: OSError) -> None:
+        failed.append(f"{error.filename}: {error.strerror}")
+
+    for at, folders, names in os.walk(given, onerror=closed):
+        folders[:] = sorted(one for one in folders if not one.startswith("."))
+        failed.extend(f"{Path(at, one)}: a link to a folder; add that one" for one in folders if Path(at, one).is_symlink())
+        for path in (Path(at, one) for one in sorted(names) if not one.startswith(".")):
+            if path.suffix.lower() in kinds():
+                yield path.relative_to(given).as_posix(), path
 
 
 def _now() -> str:

@@ -74,15 +74,21 @@ class Found:
     number: int  # of the passage in it
     cosine: float
     words: float  # BM25 as a share of the most that the question's words can give
+    silo: str = ""
+
+    @property
+    def source(self) -> tuple[str, int]:
+        """No two passages of different silos have the same; one index over all has these as its documents' names."""
+        return f"{self.silo}/{self.document}" if self.silo else self.document, self.number
 
     @property
     def order(self) -> tuple[float, str, int]:
-        return -self.score, self.document, self.number
+        return -self.score, *self.source
 
 
 @dataclass(frozen=True)
 class Table:
-    """An index as it is searched: in memory, by document and place. Made anew where the index's version is another."""
+    """An index as it is searched: in memory, by document and place."""
 
     version: str
     ids: npt.NDArray[np.int64]
@@ -98,14 +104,33 @@ class Table:
         if term not in self.postings:
             rows = index.db.execute("select passage, count from postings where term = ?", (term,)).fetchall()
             pairs = np.array(rows, np.int64).reshape(-1, 2)
-            at = np.searchsorted(self.ids, pairs[:, 0], sorter=self.order).clip(max=max(len(self.ids) - 1, 0))
-            places = self.order[at]
-            here = self.ids[places] == pairs[:, 0]  # not one that came in since the table was made
-            self.postings[term] = places[here], pairs[here, 1].astype(np.float64)
+            places = self.order[np.searchsorted(self.ids, pairs[:, 0], sorter=self.order)]
+            self.postings[term] = places, pairs[:, 1].astype(np.float64)
         return self.postings[term]
 
 
-def table(index: Store) -> Table:
+class Searcher:
+    """An index, and of it in memory what searching needs, read anew where it changed."""
+
+    def __init__(self, index: Store, silo: str = "") -> None:
+        self.index, self.silo = index, silo
+        self.held: Table | None = None
+
+    def search(self, asked: Question, most: int) -> list[Found]:
+        """As `searched`."""
+        with self.index.snapshot():
+            if self.held is None or self.held.version != self.index.about("version"):
+                self.held = _table(self.index)
+            return _searched(self.index, self.held, asked, most, self.silo)
+
+
+def searched(index: Store, asked: Question, most: int, silo: str = "") -> list[Found]:
+    """The best `most` by angle and the best `most` by words, each with both: the best `most` of all silos are among theirs. In a
+    snapshot of the index that the caller took."""
+    return _searched(index, _table(index), asked, most, silo)
+
+
+def _table(index: Store) -> Table:
     joined = "passages p join documents d on d.id = p.document"
     ordered = f"select p.id, d.name, p.number, p.words, p.vector from {joined} order by d.name, p.number"
     rows = index.db.execute(ordered).fetchall()
@@ -115,21 +140,19 @@ def table(index: Store) -> Table:
     return Table(index.about("version"), ids, ids.argsort(), [r[1] for r in rows], [r[2] for r in rows], lengths, vectors)
 
 
-def search(index: Store, held: Table, asked: Question, most: int) -> list[Found]:
-    """The best `most` by angle and the best `most` by words, each with both: the best `most` of all silos' scores are among them
-    as far as they are among the best by either."""
+def _searched(index: Store, held: Table, asked: Question, most: int, silo: str) -> list[Found]:
     if not len(held.ids):
         return []
     cosine, words = _cosines(held.vectors, asked.vector), _words(index, held, asked)
     score = (1 - asked.words_share) * cosine + asked.words_share * words
     chosen = sorted({*_best(cosine, most), *(i for i in _best(words, most) if words[i])})
-    found = [Found(float(score[i]), held.names[i], held.numbers[i], float(cosine[i]), float(words[i])) for i in chosen]
+    found = [Found(float(score[i]), held.names[i], held.numbers[i], float(cosine[i]), float(words[i]), silo) for i in chosen]
     return sorted(found, key=lambda one: one.order)
 
 
 def united(lists: Sequence[Sequence[Found]], most: int) -> list[Found]:
     """Of what each silo found, what one index over all would have: the best `most` by angle and by words, then by both."""
-    every = sorted((one for some in lists for one in some), key=lambda one: (one.document, one.number))
+    every = sorted((one for some in lists for one in some), key=lambda one: one.source)
     near = sorted(every, key=lambda one: -one.cosine)[:most]
     alike = [one for one in sorted(every, key=lambda one: -one.words)[:most] if one.words]
     return sorted({*near, *alike}, key=lambda one: one.order)

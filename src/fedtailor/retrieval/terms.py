@@ -13,13 +13,19 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache
 
-WORD = re.compile(r"\w+", re.UNICODE)
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han letters: words without spaces between
+WORD = re.compile(f"[{UNSPACED}]+|[^\\W{UNSPACED}]+")
+UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
 K1, B = 1.2, 0.75  # how soon more of the same word counts no more; how much a long passage's words count less
 
 
 def terms(text: str) -> Counter[int]:
-    """How often each word occurs, without case and accents' ways of writing."""
-    return Counter(map(_number, WORD.findall(unicodedata.normalize("NFKC", text).casefold())))
+    """How often each word occurs, without case and accents' ways of writing. Where no spaces part words, of each two letters."""
+    found = Counter[int]()
+    for word in WORD.findall(unicodedata.normalize("NFKC", text).casefold()):
+        pairs = [word[i : i + 2] for i in range(len(word) - 1)] if UNSPACED_WORD.match(word) else []
+        found.update(map(_number, pairs or [word]))
+    return found
 
 
 @lru_cache(maxsize=1 << 16)
