@@ -7,7 +7,6 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtailor.models import Resident
 from fedtailor.retrieval.cutting import cut
 from fedtailor.retrieval.reading import Document, Section
 from fedtailor.tiny import tiny
@@ -20,7 +19,7 @@ def passages(text: str, size: int, overlap: int = 0, headings: tuple[str, ...] =
     return [(one.section, one.text) for one in cut(document, TOKENIZER, size, overlap)]
 
 
-def test_by_hand(llama: Resident) -> None:
+def test_by_hand() -> None:
     """The heading and its line take 2 of 12 letters: two sentences of 4 fit in, and a third does not."""
     assert passages("Abc. Def. Ghi.", 12) == [("T", "Abc. Def."), ("T", "Ghi.")]
     assert passages("Abc. Def. Ghi.", 12, overlap=4) == [("T", "Abc. Def."), ("T", "Def. Ghi.")]
@@ -28,11 +27,11 @@ def test_by_hand(llama: Resident) -> None:
     assert passages("", 12) == []
 
 
-def test_a_sentence_that_is_too_long_is_cut_within(llama: Resident) -> None:
+def test_a_sentence_that_is_too_long_is_cut_within() -> None:
     assert passages("abcdefghijklmnop", 12) == [("T", "abcdefghij"), ("T", "klmnop")]
 
 
-def test_chinese_sentences_end_without_a_space(llama: Resident) -> None:
+def test_chinese_sentences_end_without_a_space() -> None:
     found = passages("\u8fd9\u662f\u3002\u4f60\u597d\u3002\u518d\u89c1\u3002", 24)
     assert [text for _, text in found] == ["\u8fd9\u662f\u3002 \u4f60\u597d\u3002", "\u518d\u89c1\u3002"]
 
@@ -54,7 +53,7 @@ def test_a_word_that_is_one_token_is_cut_by_its_letters() -> None:
     assert tokenizer.longest <= 500
 
 
-def test_long_headings_take_half_at_most(llama: Resident) -> None:
+def test_long_headings_take_half_at_most() -> None:
     ((section, text),) = passages("Abc.", 20, headings=("A very long title", "and more of it"))
     assert section == "A very lon"
     assert text == "Abc."

@@ -133,6 +133,27 @@ def test_what_is_gone_or_went_bad_is_told_and_kept(documents: Path, embedder: st
     assert "holds 1 documents" in done.out
 
 
+def test_stopped_in_the_middle_it_goes_on_from_there(
+    documents: Path, embedder: str, tmp_path: Path, fedtailor: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, put, done = tmp_path / "an.index", store.Store.put, list[str]()
+
+    def second_stops(self: store.Store, name: str, *more: Any) -> None:
+        if done:
+            raise KeyboardInterrupt
+        put(self, name, *more)
+        done.append(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.Store, "put", second_stops)
+        stopped = fedtailor("index", "add", at, documents, "--embedder", embedder)
+    assert stopped.code == 130
+    assert stopped.err[-1] == f"stopped: {at} holds what is done; the same command goes on from there"
+    with store.load(at) as found:
+        assert list(found.documents()) == done == ["a.md"]
+    assert "1 new, 0 changed, 1 as they were" in fedtailor("index", "add", at, documents).out
+
+
 def test_a_name_is_one_documents(documents: Path, embedder: str, tmp_path: Path, fedtailor: Command) -> None:
     """A second folder's file of the same name takes nobody's place, unless the first has moved."""
     at, other = tmp_path / "an.index", tmp_path / "other"

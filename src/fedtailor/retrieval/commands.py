@@ -26,7 +26,11 @@ def add(
 
     opened, model = indexing.opened(index, embedder, embedding.load)
     with opened:
-        done = indexing.add(opened, model, documents, largest, prune)
+        try:
+            done = indexing.add(opened, model, documents, largest, prune)
+        except KeyboardInterrupt:
+            typer.echo(f"stopped: {index} holds what is done; the same command goes on from there", err=True)
+            raise
         for line in done.failed:
             typer.echo(f"left out: {printable(line)}", err=True)
         for name in done.empty:
@@ -79,15 +83,14 @@ def search(
     """Show the passages that answer best, with their source and their score (1: as good as can be)."""
     from fedtailor.errors import UserError
     from fedtailor.retrieval import embedding, indexing, scoring, store
+    from fedtailor.retrieval.terms import terms
 
     if not question.strip() or not question.isprintable():
         raise UserError("a question is a line of words; write it in quotes")
-    store.load(index).db.close()
-    opened, model = indexing.opened(index, "", embedding.load)
-    with opened:
-        vector = model().questions([question])[0]
+    with store.load(index) as opened:
+        vector = indexing.embedder_of(opened, "", embedding.load)().questions([question])[0]
         with opened.snapshot():
-            asked = scoring.question(question, vector, scoring.statistics(opened))
+            asked = scoring.question(question, vector, scoring.statistics(opened, list(terms(question))))
             found = scoring.united([scoring.searched(opened, asked, max(50, most))], max(50, most))[:most]
             passages = [opened.passage(one.document, one.number) for one in found]
     for one, passage in zip(found, passages, strict=True):

@@ -33,20 +33,18 @@ class Embedder:
         """Tokens of a text that it takes in, without its own marks."""
         return int(self.model.max_seq_length - self.model.tokenizer.num_special_tokens_to_add())
 
-    def passages(self, texts: Sequence[str], batch_size: int = 32) -> Vectors:
+    def passages(self, texts: Sequence[str]) -> Vectors:
         """(texts, size) int16, of unit length times `SCALE`."""
-        return self._made(texts, "encode_document", batch_size)
+        return self._made(texts, "encode_document")
 
     def questions(self, texts: Sequence[str]) -> Vectors:
-        return self._made(texts, "encode_query", 32)
+        return self._made(texts, "encode_query")
 
-    def _made(self, texts: Sequence[str], how: str, batch_size: int) -> Vectors:
+    def _made(self, texts: Sequence[str], how: str) -> Vectors:
         if not texts:
             return np.zeros((0, self.size), np.int16)
         # encode_query and encode_document put in front what the model was trained with, such as "query: "
-        found = getattr(self.model, how)(
-            list(texts), batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-        )
+        found = getattr(self.model, how)(list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
         made: Vectors = np.rint(found * SCALE).astype(np.int16)
         return made
 

@@ -34,28 +34,35 @@ class Added:
 
 
 def opened(path: Path, name: str, load: Callable[[str], Embedder]) -> tuple[store.Store, Callable[[], Embedder]]:
-    """The index at `path`, made where there is none, and its embedder, which is loaded when it is asked for: seconds that an
-    index where nothing changed does not need. `name`: of the embedder; "": the index's own, or MiniLM. Asking raises UserError
-    where the index was made with another one."""
+    """The index at `path`, made where there is none, and its embedder, as `embedder_of` gives it. `name`: of the embedder;
+    "": the index's own, or MiniLM."""
     if not path.exists():
         embedder = load(name or "minilm")
         size = min(CUT, embedder.reads)
         made = store.make(path, embedder.name, embedder.sha256, embedder.size, (size, min(OVERLAP, size // 4)))
         return made, lambda: embedder
     found = store.load(path)
-
-    @cache
-    def again() -> Embedder:
-        embedder, held = load(name or found.about("embedder")), found.about("embedder")
-        if embedder.sha256 != found.about("embedder_sha256"):
-            raise UserError(
-                f"{path}: its vectors are by {held!r}, whose weights are not those of {embedder.name!r}; make a new index"
-            )
-        return embedder
-
+    again = embedder_of(found, name, load)
     if name not in ("", found.about("embedder")):
         again()
     return found, again
+
+
+def embedder_of(index: store.Store, name: str, load: Callable[[str], Embedder]) -> Callable[[], Embedder]:
+    """Loaded when it is asked for: seconds that an index where nothing changed does not need. Asking raises UserError where the
+    index was made with another one."""
+
+    @cache
+    def asked() -> Embedder:
+        held = index.about("embedder")
+        embedder = load(name or held)
+        if embedder.sha256 != index.about("embedder_sha256"):
+            raise UserError(
+                f"{index.path}: its vectors are by {held!r}, whose weights are not those of {embedder.name!r}; make a new index"
+            )
+        return embedder
+
+    return asked
 
 
 def add(
