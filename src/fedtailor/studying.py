@@ -61,11 +61,6 @@ class Study:
     outcomes: int = 0  # said of each: the labels, or the likeliest tokens
     tokens: int = 0  # of the student's vocabulary; 0: of labels none are told
 
-    @property
-    def familiar(self) -> bool:
-        """Whether silos are to say how strange each row is to them."""
-        return self.method.consensus == "familiar"
-
 
 @dataclass(frozen=True)
 class Spoken:
@@ -95,7 +90,8 @@ class Spoken:
         if self.held.shape != (len(asked.rows),) or self.held.dtype != torch.bool:
             return f"says of {tuple(self.held.shape)} of {len(asked.rows)} rows whether it holds them"
         strange = self.strange.float()
-        if asked.familiar and not (strange.shape == self.held.shape and bool(((strange >= 0) & (strange < STRANGE)).all())):
+        told = strange.shape == self.held.shape and bool(((strange >= 0) & (strange < STRANGE)).all())
+        if asked.method.familiar and not told:
             return f"says of {tuple(strange.shape)} of {len(asked.rows)} rows how strange they are, from 0 to {STRANGE:g} nats"
         if asked.method.share == "texts":
             return None if len(self.texts) == len(asked.rows) else f"{len(self.texts)} answers to {len(asked.rows)} rows"
@@ -156,7 +152,9 @@ def study(silo: Silo, body: Study) -> Spoken:
         return Spoken(nothing, torch.zeros(0, dtype=torch.bool), held, done.loss[0], val_loss, seen, apart, told)
     says, spoken = _spoken(mine, silo, model, body.rows, free)
     says = Said(says.logp.clamp(min=-60.0).half(), says.ids)
-    strange = strangeness(silo.models["base"].tokenizer, body.rows, silo.data.train).half() if body.familiar else torch.zeros(0)
+    strange = torch.zeros(0)
+    if body.method.familiar:
+        strange = strangeness(silo.models["base"].tokenizer, body.rows, silo.data.train).half()
     return Spoken(says, spoken, held, done.loss[0], val_loss, seen, apart, strange=strange)
 
 

@@ -108,6 +108,11 @@ class Distill(Method[State]):
         return not self.generated
 
     @property
+    def familiar(self) -> bool:
+        """Whether silos are to say how strange each row is to them."""
+        return self.consensus == consensus.familiar.__name__
+
+    @property
     def warmup_rounds(self) -> float:
         return max(self.trains.warmup_rounds, self.teaches.warmup_rounds)
 
@@ -241,7 +246,7 @@ class Distill(Method[State]):
         ids = NO_IDS if labels else torch.zeros(n, wide, dtype=torch.int32)
         says = Said(torch.zeros(n, wide, dtype=torch.float16), ids)
         flags = torch.ones(n, dtype=torch.bool)
-        strange = torch.zeros(n, dtype=torch.float16) if self.consensus == "familiar" else torch.zeros(0)
+        strange = torch.zeros(n, dtype=torch.float16) if self.familiar else torch.zeros(0)
         return Spoken(says, flags, flags, 1.2345678901234567, 1.2345678901234567, 64, 0.12345678901234567, strange=strange)
 
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -278,7 +283,7 @@ class Distill(Method[State]):
         at = _places(state.counts, chosen)
         sizes, spoken = torch.tensor([state.counts[i] for i in chosen]), torch.stack([r.spoken for r in replies])
         losses = torch.tensor([r.val_loss for r in replies])[:, None].expand(spoken.shape)
-        if self.consensus == "familiar":
+        if self.familiar:
             losses = torch.stack([r.strange.float().repeat_interleave(sizes) for r in replies])
         way = consensus.find(self.consensus)
         whole, known = distilling.united([r.said for r in replies], self.top, way, spoken, losses)
