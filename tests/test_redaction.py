@@ -13,9 +13,10 @@ from fedtailor.errors import SiloError, UserError
 from fedtailor.retrieval.redaction import redacted, redacted_title
 
 PIECES = (
-    "a", "B", "é", "Ñ", "0", "7", "٣", "²", "①", "½", "፩", "Ⅷ", "三", "の", "@", "＠", ".", "．", ":", "/", "-", "'", '"', "(", ")", "[",
-    "]", "{", "}", "<", ">", ",", "!", "_", "+", " ", "  ", "\n", "\u200b", "\u00ad", "\u0301", "\u0336", "\x00", "I", "Dr", "van",
-    "the", "Smith", "at", "dot", "www.", "http://", "x.org", "DE89", "[name]", "[number]", "[e-mail]", "ﬁ", "Ǆ", "ǅ", "\ud800",
+    "a", "B", "é", "Ñ", "0", "7", "٣", "²", "①", "½", "፩", "Ⅷ", "三", "の", "@", "＠", ".", "．", ":", "/", "-", "'", '"', "(",
+    ")", "[", "]", "{", "}", "<", ">", ",", "!", "_", "+", " ", "  ", "\n", "\u200b", "\u00ad", "\u0301", "\u0336", "\x00", "I",
+    "Dr", "van", "the", "Smith", "at", "dot", "www.", "http://", "x.org", "DE89", "[name]", "[number]", "[e-mail]", "ﬁ", "Ǆ",
+    "ǅ", "\ud800",
 )  # fmt: skip
 nasty = st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.text(max_size=40)
 
@@ -54,7 +55,7 @@ def test_addresses_and_numbers(text: str, left: str) -> None:
         ("we saw dr. Smith, prof. dr. von Weizsäcker and Mrs. Lee.", "we saw [name] and [name]."),
         ("Dr. Lee is in.", "[name] is in."),
         ("We read van Gogh, e.g. Letters, there.", "We read [name], e.g. [name], there."),
-        ("Smith left. We know that Smith's wife came. Smith's son stays.", "[name] left. We know that [name] wife came. [name] son stays."),
+        ("Smith left. We know Smith's wife. Smith's son stays.", "[name] left. We know [name] wife. [name] son stays."),
         ("patient: SMITH/LEE", "patient: [name]"),
         ("by d'Angelo and by McDonald's", "by [name] and by [name]"),
         ("I think that I'm as I’ve been. So do I.", "I think that I'm as I’ve been. So do I."),
@@ -94,7 +95,7 @@ def test_an_address_is_hidden_whole(address: str) -> None:
 
 
 INVISIBLE = st.sampled_from("\u200b\u200c\u200d\u2060\ufeff\u00ad\u202e\u034f\ufe0f\u2800\U000e0041")
-telling = st.sampled_from(["write to ann@post.org now", "call 0171 44-55 now", "It was Smith there", "pay DE89 3704 0044 0532 0130 00"])
+telling = st.sampled_from(["write to ann@post.org now", "call 0171 44-55 now", "It was Smith there", "DE89 3704 0044 0532 01"])
 
 
 @given(telling, st.data())
@@ -148,5 +149,5 @@ def test_a_recognizer_that_fails_tells_nothing(own: str) -> None:
         redacted("the secret", f"{own}:clumsy")
     with pytest.raises(UserError, match=r"documents\.recognizer = 'recognizing:none': cannot be imported"):
         redacted("the secret", f"{own}:none")
-    with pytest.raises(UserError, match="give 'package.module:function'"):
+    with pytest.raises(UserError, match=r"give 'package\.module:function'"):
         redacted("the secret", "none")

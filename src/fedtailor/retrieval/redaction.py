@@ -105,7 +105,7 @@ def _told(text: str, recognizer: str) -> list[Span]:
 
 
 def _kind(kind: str) -> str:
-    return re.sub(r"[^a-z]+", "-", str(kind).lower()[:20]).strip("-") or "hidden"
+    return re.sub(r"[^a-z]+", "-", str(kind).lower()[:18]).strip("-") or "hidden"
 
 
 def _found(text: str, title: bool) -> Iterator[Span]:
