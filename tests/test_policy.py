@@ -111,6 +111,8 @@ def test_any_text_and_any_weights_give_a_part_of_it(text: str, most: int, weight
     found = snippet(text, dict.fromkeys(terms(text), weight), most)
     assert counted(found) <= most
     assert found.removeprefix("… ").removesuffix(" …") in text
+    if not weight > 0:
+        assert found == snippet(text, {}, most), "it weighs nothing"
 
 
 def test_how_a_passage_is_cited() -> None:

@@ -38,6 +38,7 @@ nasty = st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.text(ma
         ("on 3.4.1971, 2026-01-31 or 3/4", "on [number] or [number]"),
         ("the 4th, room B12 and case ab_7-x", "the [number], room [number] and case [number]"),
         ("it is ٣٤٥ and ² and ① and Ⅷ here", "it is [number] and [number] and [number] and [name] here"),
+        ("it is ½ and ፩ here", "it is [number] and [number] here"),
         ("電話は03-1234-5678です", "電話は[number]です"),
     ],
 )
@@ -56,6 +57,8 @@ def test_addresses_and_numbers(text: str, left: str) -> None:
         ("Dr. Lee is in.", "[name] is in."),
         ("We read van Gogh, e.g. Letters, there.", "We read [name], e.g. [name], there."),
         ("Smith left. We know Smith's wife. Smith's son stays.", "[name] left. We know [name] wife. [name] son stays."),
+        ("We saw him. Then, cf. Lee, we left. No. She stays.", "We saw him. Then, cf. [name], we left. No. She stays."),
+        ("as told by Th. Mann", "as told by [name]"),
         ("patient: SMITH/LEE", "patient: [name]"),
         ("by d'Angelo and by McDonald's", "by [name] and by [name]"),
         ("I think that I'm as I’ve been. So do I.", "I think that I'm as I’ve been. So do I."),
@@ -71,6 +74,10 @@ def test_names(text: str, left: str) -> None:
 def test_what_is_not_found_is_as_the_docstring_says() -> None:
     for text in ("Smith left.", "it was smith", "وصل محمد", "王小明来了", "call four four two"):
         assert redacted(text) == text
+
+
+def test_what_is_left_is_in_plain_forms() -> None:
+    assert redacted("a\u200b\u0301 ﬁne\x00 ｄay\n") == "\u00e1 fine day\n"
 
 
 def test_of_a_heading_each_capitalised_word() -> None:
@@ -138,6 +145,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_recognizer_of_ones_own_besides(own: str) -> None:
     """It sees plain letters, and its kind is written without digits and capitals."""
     assert redacted("in ｗａｒd 7 Smith lay", f"{own}:wards") == "in [ward] [number] [name] lay"
+    assert redacted("in [ward] [number] [name] lay", f"{own}:wards") == "in [ward] [number] [name] lay", "not within a mark"
     assert redacted("nothing", f"{own}:wards") == "nothing"
 
 

@@ -39,7 +39,7 @@ SPELT = re.compile(
 LINK = re.compile(rf"(?<!\w)(?:[a-z][a-z+]*://|www\.){RUN}*{LAST}", re.IGNORECASE)
 HOST = re.compile(rf"(?<![\w.-])(?:[\w-]+\.)+[^\W\d_]{{2,}}(?!\w)(?:[:/?#](?:{RUN}*{LAST})?)?")
 ACCOUNT = re.compile(r"(?<!\w)[a-z]{2}0{2}(?:[ -]?[a-z0]{4}){2,7}(?:[ -]?[a-z0]{1,3})?(?!\w)", re.IGNORECASE)  # IBAN
-CHUNK = re.compile(rf"[^\W{UNSPACED}]+(?:[-‐-―−.:/#+,'’]{{1,2}}[^\W{UNSPACED}]+)*")
+CHUNK = re.compile(rf"[^\W{UNSPACED}]+(?:[-‐-―−.:/⁄#+,'’]{{1,2}}[^\W{UNSPACED}]+)*")
 BETWEEN = re.compile(r"[\s.,:/()+*#'’‐-―−-]{1,4}")  # parts of one number
 
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
@@ -55,7 +55,8 @@ TITLE = re.compile(
     "capt|col|dipl|dipl-ing|dott|dr|dra|fr|frl|gen|herrn?|hon|hr|ing|lt|maj|mlle|mme|mr|mrs|ms|mx|messrs|pfr|prof|rev|sen|sgt|"
     "sig|sir|sr|sra|st", re.IGNORECASE,
 )  # fmt: skip
-ABBREVIATED = re.compile("approx|bzw|ca|cf|dept|etc|evtl|fig|incl|nr|no|resp|str|tel|vgl|vol|vs", re.IGNORECASE)  # more comes
+INITIAL = re.compile(r"[^\W\d_]|Ch|Chr|Ph|Th|Wm")
+ABBREVIATED = re.compile("approx|bzw|ca|cf|dept|etc|evtl|fig|incl|nr|resp|str|tel|vgl|vol|vs", re.IGNORECASE)  # more comes
 
 
 def redacted(text: str, recognizer: str = "") -> str:
@@ -162,7 +163,7 @@ def _words(shape: str) -> list[Word]:
 def _ended(shape: str, one: re.Match[str], other: re.Match[str]) -> bool:
     """Whether a sentence ends between two words."""
     between = shape[one.end() : other.start()]
-    goes_on = len(one[0]) == 1 or TITLE.fullmatch(one[0]) or ABBREVIATED.fullmatch(one[0])
+    goes_on = any(kind.fullmatch(one[0]) for kind in (INITIAL, TITLE, ABBREVIATED))
     return bool(ENDS.search(between)) and not (goes_on and between.lstrip().startswith("."))
 
 
@@ -196,7 +197,7 @@ def _runs(shape: str, words: Sequence[Word]) -> Iterator[list[Word]]:
 
 def _near(shape: str, one: Word, other: Word) -> bool:
     between = shape[one.end : other.begin]
-    dotted = one.title or (len(one.text) <= 2 and one.capital)  # "Dr. ", "J. ", "Th. "
+    dotted = one.title or INITIAL.fullmatch(one.text)
     return bool(NEAR.fullmatch(between.removeprefix(".") if dotted else between))
 
 
