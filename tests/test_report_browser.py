@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from browser import chromium
 from fedtailor import report
 from test_report import HOSTILE, SAMPLE, a_result, a_run, metric
 
@@ -34,17 +33,6 @@ onload = () => {{
   }});
 }};
 </script>"""
-
-
-def chromium() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if (path := shutil.which(name))), "")
-    if not found:
-        reason = f"no browser on PATH (looked for {', '.join(names)})"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 @pytest.mark.browser

@@ -15,6 +15,8 @@ function made(name, className, ...inside) {
   return element;
 }
 
+const listed = (texts, between) => texts.flatMap((text, index) => [index ? between : "", made("bdi", "", text)]);
+
 function say(text, busy = false) {
   const status = at("status");
   if (status.textContent !== text) status.textContent = text;
@@ -66,12 +68,11 @@ function link(cited) {
 
 function showSources() {
   cards = known.sources.map((source, index) => {
-    const meter = made("meter");
-    meter.value = source.score;
-    meter.setAttribute("aria-hidden", "true");
-    const score = made("span", "score", meter, made("span", "", source.told));
-    score.title = "score; 1 is as good as can be";
-    const where = made("p", "where", ...[source.document, source.section].filter(Boolean).map(part => made("bdi", "", part)));
+    const filled = made("span");
+    filled.style.width = `${100 * source.score}%`;
+    const score = made("span", "score", made("span", "bar", filled), made("span", "unseen", "score "), source.told);
+    score.title = "1 is as good as can be";
+    const where = made("p", "where", ...listed([source.document, source.section].filter(Boolean), " › "));
     const text = source.text ? made("div", "text", source.text) : made("p", "text none", "Its silo lets out no text of it.");
     text.dir = "auto";
     const card = made("li", "card", made("div", "head",
@@ -93,14 +94,12 @@ function showSources() {
 }
 
 function showSilos() {
-  const row = (name, className, ...inside) => made("div", className, made("dt", "", name), made("dd", "", ...inside));
-  const list = silos => silos.flatMap((silo, index) => [index ? ", " : "", made("bdi", "", silo)]);
-  const missing = Object.entries(known.missing), rows = [];
-  if (known.asked.length) rows.push(row("asked", "", ...list(known.asked)));
-  if (known.spared.length) rows.push(row("not asked", "", ...list(known.spared), made("span", "soft", " (not promising)")));
-  if (missing.length) rows.push(row("missing", "missing", made("ul", "",
-    ...missing.map(([silo, why]) => made("li", "", made("bdi", "", silo), ": ", made("bdi", "", why))))));
-  at("silos").replaceChildren(...rows.length ? rows : [row("asked", "", made("span", "soft", "none yet"))]);
+  const row = (name, className, inside) => made("div", className, made("dt", "", name), made("dd", "", ...inside));
+  const silos = names => names.length ? listed(names, ", ") : [made("span", "soft", "–")];
+  const missing = Object.entries(known.missing).map(([silo, why]) => made("li", "", made("bdi", "", silo), ": ", made("bdi", "", why)));
+  const spared = known.spared.length ? [...silos(known.spared), made("span", "soft", " (not promising)")] : silos([]);
+  at("silos").replaceChildren(row("asked", "", silos(known.asked)), row("not asked", "", spared),
+    missing.length ? row("missing", "missing", [made("ul", "", ...missing)]) : row("missing", "", silos([])));
 }
 
 function doing() {
@@ -112,7 +111,7 @@ function doing() {
 function ended() {
   const times = Object.entries(known.seconds).map(([what, time]) => `${what} ${time}`).join(", ");
   const lost = Object.keys(known.missing).length;
-  return [known.found ? "Answered" : "No passage answers this", times && `: ${times}`,
+  return [known.found ? "Answered" : "No passage answers this", times && ` (${times})`,
     lost ? `; ${plural(lost, "silo is", "silos are")} missing from it` : ""].join("");
 }
 
@@ -169,6 +168,7 @@ async function ask() {
     if (!known.done) throw new TypeError("it ended too early");
   } catch (error) {
     write(true);
+    at("no-source").textContent = "None.";
     say(known.text ? "What stands here is not the whole answer" : "No answer");
     if (stopped.signal.aborted) say(known.text ? "Stopped: what stands here is not the whole answer" : "Stopped");
     else at("problem").textContent = error instanceof TypeError ? "The connection was lost; ask again." : sentence(error.message);
@@ -184,7 +184,7 @@ function busy(is) {
   answer.setAttribute("aria-busy", String(is));  // a screen reader reads it once, when it is whole
   ask.setAttribute("aria-disabled", String(is));
   if (!is && document.activeElement === stop) question.focus();
-  stop.hidden = !is;
+  stop.classList.toggle("idle", !is);
   if (!is) {
     asking = null;
     return;

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
@@ -50,11 +51,15 @@ def serve(
     opened under, such as a proxy's, or "name" for a proxy's https. Raises UserError where it cannot listen there."""
     if host in ANYWHERE and not names:
         raise UserError(f"host {host!r} is every address of this machine; name the one that the page is to be opened under")
-    uvicorn = _uvicorn()
+    try:
+        import uvicorn
+    except ImportError:
+        raise _without_extra() from None
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        errno = getattr(error, "errno", None) or 0  # of a name that is not known: below 0
+        why = os.strerror(errno) if errno > 0 else getattr(error, "strerror", error)
         raise UserError(f"{host}:{port}: cannot listen there ({why}); name another host or port") from error
     with listening:
         port = listening.getsockname()[1]
@@ -248,14 +253,6 @@ def _page(answerer: Answerer, title: str) -> str:
 
 def _file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _uvicorn() -> Any:
-    try:
-        import uvicorn
-    except ImportError:
-        raise _without_extra() from None
-    return uvicorn
 
 
 def _without_extra() -> UserError:

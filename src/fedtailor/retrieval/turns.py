@@ -27,7 +27,7 @@ class Turns:
         it is given the latest. Closing it, at any time, stops the answerer at what it yields next. Raises RunError where
         the line is too long, and what the answerer raises."""
         if len(self.line) >= LONGEST:
-            raise RunError(f"{LONGEST} questions are waiting already; ask again later")
+            raise RunError("too many questions are waiting; ask again later")
         moved = asyncio.Event()
         self.line.append(moved)
         try:
