@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,12 @@ class Answers:
 
 def whole(question: str) -> Iterator[Answered]:
     yield Answered(question, "26 weeks.", SOURCES, done=True)
+
+
+def endless(question: str) -> Iterator[Answered]:
+    for count in itertools.count(1):
+        yield Answered(question, "a" * count)
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -206,7 +214,8 @@ def test_a_question_from_another_site_is_refused(origin: str | None) -> None:
     answers = Answers(whole)
     with serving(answers) as address:
         status, text = refused(address, headers={} if origin is None else {"Origin": origin})
-        preflight = httpx.options(f"{address}/ask", headers={"Origin": origin or "x", "Access-Control-Request-Method": "POST"})
+        preflight = httpx.options(f"{address}/ask", headers={"Origin": origin or "x", "Access-Control-Request-Method": "POST"},
+                                  trust_env=False)  # fmt: skip
     assert (status, text) == (403, "questions are taken from the page itself only\n")
     assert preflight.status_code == 403
     assert not [name for name in preflight.headers if name.startswith("access-control")]
@@ -217,7 +226,8 @@ def test_both_names_of_this_machine_are_the_page_and_it_may_not_be_framed_or_rea
     with serving(Answers(whole)) as address:
         port = address.rpartition(":")[2]
         reply = httpx.get(f"{address}/", headers={"Host": f"LocalHost:{port}"}, trust_env=False)
-        asked = httpx.post(f"{address}/ask", json={"question": "q"}, headers={"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"})
+        headers = {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}
+        asked = httpx.post(f"{address}/ask", json={"question": "q"}, headers=headers, trust_env=False)
     assert reply.status_code == asked.status_code == 200
     policy = reply.headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none';")
@@ -294,7 +304,7 @@ def test_names_and_titles_are_shown_as_text() -> None:
 
 
 def test_serve_prints_its_address_and_ends_by_ctrl_c() -> None:
-    code = "from fedtailor.retrieval import page; from test_page import *; page.serve(Answers(whole), port=0)"
+    code = "from fedtailor.retrieval import page; from test_page import *; page.serve(Answers(endless), port=0)"
     there = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env=os.environ | {"PYTHONPATH": there}) as process:  # fmt: skip
@@ -303,8 +313,12 @@ def test_serve_prints_its_address_and_ends_by_ctrl_c() -> None:
         line = process.stdout.readline()
         found = re.fullmatch(r"(http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", line)
         assert found, (line, process.stderr.read())
-        assert told(found[1])[-1]["more"] == "26 weeks."
-        process.send_signal(signal.SIGINT)
+        with asking(found[1], "first") as first, asking(found[1], "second") as second:
+            assert "a" in [next(first), next(first)][1]["more"]
+            assert [next(second), next(second)][1] == {"ahead": 1}
+            process.send_signal(signal.SIGINT)
+            over = {"error": "the page was closed where it is served"}
+            assert (list(first)[-1], list(second)) == (over, [over])
         assert process.wait(PATIENCE) == 0
         assert (process.stdout.read(), process.stderr.read()) == ("", "")
 

@@ -71,8 +71,14 @@ def serve(
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=1
         )
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                app.state.turns.stop()  # it waits for answers that are being written
+                await super().shutdown(sockets)
+
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+            Server(config).run(sockets=[listening])
 
 
 def addresses(host: str, port: int, names: Collection[str] = ()) -> frozenset[str]:
@@ -110,10 +116,12 @@ def application(answerer: Answerer, hosts: Collection[str], title: str = TITLE) 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        turns.close()
+        turns.stop()
 
     routes = [*(Route(path, file) for path in files), Route("/ask", ask, methods=["POST"])]
-    return Starlette(routes=routes, middleware=[Middleware(_Guard, hosts=hosts)], lifespan=lifespan)
+    app = Starlette(routes=routes, middleware=[Middleware(_Guard, hosts=hosts)], lifespan=lifespan)
+    app.state.turns = turns
+    return app
 
 
 class _Guard:

@@ -19,38 +19,40 @@ class Turns:
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
-        self.line: list[asyncio.Event] = []  # first: whose question is being answered; set when its place changed
+        self.line: list[asyncio.Event] = []  # of who asks, set when there is news; first: whose question is being answered
+        self.stopped = False
         self.thread = ThreadPoolExecutor(1, "fedtailor-ask")
 
     async def ask(self, question: str) -> AsyncGenerator[int | Answered, None]:
         """How many are ahead, while there are any; then the answer as it grows. Where the reader is slower than the answerer,
         it is given the latest. Closing it, at any time, stops the answerer at what it yields next. Raises RunError where
-        the line is too long, and what the answerer raises."""
+        the line is too long or was stopped, and what the answerer raises."""
+        self._check()
         if len(self.line) >= LONGEST:
             raise RunError("too many questions are waiting; ask again later")
-        moved = asyncio.Event()
-        self.line.append(moved)
+        news = asyncio.Event()
+        self.line.append(news)
         try:
-            while ahead := self.line.index(moved):
-                moved.clear()
+            while ahead := self.line.index(news):
+                news.clear()
                 yield ahead
-                await moved.wait()
-            async with aclosing(self._answered(question)) as pieces:
+                await self._wait(news)
+            async with aclosing(self._answered(question, news)) as pieces:
                 async for piece in pieces:
                     yield piece
         finally:
-            place = self.line.index(moved)
+            place = self.line.index(news)
             del self.line[place]
             for behind in self.line[place:]:
                 behind.set()
 
-    async def _answered(self, question: str) -> AsyncGenerator[Answered, None]:
-        loop, came, left = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    async def _answered(self, question: str, news: asyncio.Event) -> AsyncGenerator[Answered, None]:
+        loop, left = asyncio.get_running_loop(), threading.Event()
         latest: list[Answered] = []
 
         def put(piece: Answered) -> None:
             latest[:] = [piece]
-            came.set()
+            news.set()
 
         def work() -> None:
             if left.is_set():
@@ -66,11 +68,11 @@ class Turns:
                     pieces.close()
 
         working = loop.run_in_executor(self.thread, work)
-        working.add_done_callback(lambda _: came.set())
+        working.add_done_callback(lambda _: news.set())
         try:
             while True:
-                await came.wait()
-                came.clear()
+                await self._wait(news)
+                news.clear()
                 ended = working.done()  # what it put came before
                 if latest:
                     yield latest.pop()
@@ -81,5 +83,17 @@ class Turns:
             left.set()
             working.cancel()  # where the thread is still busy with a question that nobody waits for
 
-    def close(self) -> None:
+    async def _wait(self, news: asyncio.Event) -> None:
+        await news.wait()
+        self._check()
+
+    def _check(self) -> None:
+        if self.stopped:
+            raise RunError("the page was closed where it is served")
+
+    def stop(self) -> None:
+        """All who ask are told that it is over."""
+        self.stopped = True
+        for news in self.line:
+            news.set()
         self.thread.shutdown(wait=False, cancel_futures=True)
