@@ -126,7 +126,7 @@ def _ours(folder: Path, texts: Sequence[str], vectors: Any, asked: Any) -> Measu
     searcher, nothing = Searcher(index), Statistics(0, 0, {})
     searcher.search(question("", whole(asked)[0], nothing, 0.0), 1)
     found = [timed(lambda v=v: searcher.search(question("", v, nothing, 0.0), 20)) for v in whole(asked)]  # type: ignore[misc]
-    hits = [{int(hit.document[:6]) * OF_EACH + hit.number for hit in some} for _, some in found]
+    hits = [{hit.at - 1 for hit in some}  # numbers are given from 1 for _, some in found]
     return build, add, [took for took, _ in found], hits
 
 

@@ -73,7 +73,7 @@ def test_added_once_and_again(documents: Path, embedder: str, tmp_path: Path, fe
     one, again = indexing.opened(at, "", lambda name: pytest.fail("nothing is to be embedded"))
     with one:
         assert indexing.add(one, again, [documents]).same == 2
-        assert one.passage("a.md", 1).section == "Dogs"
+        assert one.passage(2)[2].section == "Dogs"
     (documents / "a.md").write_text("# Cats\nThe cat left.\n")
     done = fedtailor("index", "add", at, documents)
     assert "0 new, 1 changed, 1 as they were; holds 2 documents in 2 passages" in done.out
@@ -164,7 +164,7 @@ def test_a_name_is_one_documents(documents: Path, embedder: str, tmp_path: Path,
     assert done.code == 2
     assert "'a.md' is how" in "\n".join(done.err)
     with store.load(at) as found:
-        assert found.passage("a.md", 0).section == "Cats"
+        assert found.passage(1)[2].section == "Cats"
     (documents / "a.md").unlink()
     assert "0 new, 1 changed" in fedtailor("index", "add", at, other).out
 
@@ -174,7 +174,7 @@ def test_a_large_document_goes_in(embedder: str, tmp_path: Path) -> None:
     one, model = indexing.opened(tmp_path / "an.index", embedder, embedding.load)
     with one:
         indexing.add(one, model, [tmp_path / "large.txt"])
-        text = " ".join(one.passage("large.txt", i).text for i in range(one.status().passages))
+        text = " ".join(one.passage(i + 1)[2].text for i in range(one.status().passages))
     assert all(f"number {i}." in text for i in range(3000))
 
 

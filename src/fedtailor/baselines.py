@@ -9,11 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtailor.answering import Answers, fresh
 from fedtailor.core import Ask
 from fedtailor.data import Row, SiloData
+
+if TYPE_CHECKING:
+    from fedtailor.retrieval.corpus import Corpus
 
 POOLED = "all_silos"
 BETWEEN = "\n\n"  # after each few-shot example: a model that goes on to the next one has ended its answer
@@ -66,7 +69,17 @@ def pooled(data: Mapping[str, SiloData]) -> dict[str, SiloData]:
     train, val, test = (
         tuple(row for d in data.values() for row in getattr(d, part)) for part in ("train", "val", "test")
     )
-    return {POOLED: SiloData(train, val, test, _labels(data))}
+    return {POOLED: SiloData(train, val, test, _labels(data), corpus=_corpus(data))}
+
+
+def _corpus(data: Mapping[str, SiloData]) -> Corpus | None:
+    """All documents as those of one silo, which lets out all: documents of silo/name."""
+    parts = {name: rows.corpus for name, rows in data.items() if rows.corpus is not None}
+    if not parts:
+        return None
+    from fedtailor.retrieval.corpus import Corpus
+
+    return Corpus(POOLED, parts=parts)
 
 
 def noiseless(data: Mapping[str, SiloData]) -> dict[str, SiloData]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtailor.federating import app as federation_app
+from fedtailor.retrieval.ask import ask
 from fedtailor.retrieval.commands import app as index_app
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,6 +32,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(federation_app, name="federation")
 app.add_typer(index_app, name="index")
 app.add_typer(models_app, name="models")
+app.command()(ask)
 
 out = Console()
 err = Console(stderr=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -22,13 +22,19 @@ from fedtailor import rows, sources
 from fedtailor.errors import UserError, suggest
 from fedtailor.limits import Limits
 from fedtailor.partition import partition
+from fedtailor.retrieval.policy import Policy
 from fedtailor.rows import Row as Row
 from fedtailor.sources import Table
+
+if TYPE_CHECKING:
+    from fedtailor.retrieval.corpus import Corpus
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-SILO_FIELDS = frozenset({"template", "image", "answer", "label", "messages", "max_words", "max_train", "max_val", "max_test"})
+SILO_FIELDS = frozenset(
+    {"template", "image", "answer", "label", "messages", "max_words", "max_train", "max_val", "max_test", "documents"}
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class SiloData:
     labels: tuple[str, ...] = ()  # the label words, in order, the same for all silos; empty for generation
     settings: Mapping[str, Any] = field(default_factory=dict)  # method settings that [silo.NAME] overrides
     limits: Limits = field(default_factory=Limits)  # its owner's
+    corpus: Corpus | None = None  # its documents, to be searched where they are
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,9 @@ class Data:
     public: str = ""  # rows that the server holds, in columns as the silos': a demo set, file or hub id, as `source`
     public_fraction: Fraction = 0.0  # or so many training rows, held out of every silo, without their answers; in process only
     max_public: Positive | None = None
+    only: tuple[str, ...] = ()  # of the silos that silo_column names, these alone
+    corpus: str = ""  # what is searched: a table, or "FOLDER/{silo}.index", see `retrieval.corpora`; in process only
+    documents: Policy = field(default_factory=Policy)  # what of it may leave a silo; over a federation silos say so themselves
 
     def __post_init__(self) -> None:
         said = [name for name in ("answer", "label", "messages") if getattr(self, name)]
@@ -149,8 +159,11 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
     unknown = [f"[silo.{n}]: the data has no silo of this name{suggest(n, members)}" for n in overrides if n not in members]
     if unknown:
         raise UserError("\n".join(unknown))
+    if data.only:
+        members = _only(data.only, members)
     own = {name: _own(data, name, overrides.get(name, {}), table) for name in sorted(members)}
     labels = data.labels or _label_words(table, own, members)
+    corpora = _corpora(data, own)
     silos, dropped = {}, {}
     held: list[Row] = []
     for name, mine in own.items():
@@ -168,7 +181,9 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
         kept = {part: _choose(many, getattr(mine, f"max_{part}"), seed, name) for part, many in parts.items()}
         settings = {key: value for key, value in overrides.get(name, {}).items() if key not in SILO_FIELDS}
         shown = labels if mine.label else ()
-        silos[name] = SiloData(kept["train"], kept["val"], kept["test"], labels=shown, settings=settings)
+        silos[name] = SiloData(
+            kept["train"], kept["val"], kept["test"], labels=shown, settings=settings, corpus=corpora.get(name)
+        )
     for part, fraction in (("val", data.val_fraction), ("test", data.test_fraction)):
         if fraction and not any(getattr(silo, part) for silo in silos.values()):
             raise UserError(
@@ -253,6 +268,20 @@ def _members(data: Data, table: Table, split: Callable[[Data, int], str], seed: 
     )
 
 
+def _only(wanted: Sequence[str], members: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    if lacking := [name for name in wanted if name not in members]:
+        raise UserError(f"[data] only: the data has no silo {lacking[0]!r}{suggest(lacking[0], members)}")
+    return {name: members[name] for name in wanted}
+
+
+def _corpora(data: Data, own: Mapping[str, Data]) -> dict[str, Corpus]:
+    if not data.corpus:
+        return {}
+    from fedtailor.retrieval import corpora
+
+    return corpora.read(data.corpus, data.silo_column, list(own), {name: mine.documents for name, mine in own.items()})
+
+
 def _own(data: Data, name: str, override: Mapping[str, Any], table: Table) -> Data:
     """`data` as silo `name` sets it."""
     known = {each.name for each in fields(Data)}
@@ -330,4 +359,6 @@ def sha256(silos: Mapping[str, SiloData], parts: Sequence[str] = ("train", "val"
     for name, silo in silos.items():
         for part in parts:
             whole.update(rows.digest(name, part, silo.labels, [rows.plain(row) for row in getattr(silo, part)]).encode())
+        if silo.corpus is not None:
+            whole.update(silo.corpus.sha256().encode())
     return whole.hexdigest()

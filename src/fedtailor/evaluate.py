@@ -30,7 +30,7 @@ class Evaluation:
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     every: Annotated[int, Field(ge=1)] = 1  # rounds between validations; the last round is always validated
-    best_by: Literal["loss", "accuracy", "macro_f1", "exact_match", "rouge_l", "bleu"] = "loss"
+    best_by: Literal["loss", "accuracy", "macro_f1", "exact_match", "rouge_l", "bleu", "recall_at_5", "mrr"] = "loss"
     """The validation metric that chooses the round. On generation only loss is cheap."""
     examples: Annotated[int, Field(ge=1)] = 3  # of the few-shot row
     samples: Annotated[int, Field(ge=0)] = 4  # answers shown in the report; in process only

@@ -24,8 +24,10 @@ from fedtailor.faults import Faults
 from fedtailor.generations import Best, Generations
 from fedtailor.models import Base
 
-Trained = Literal["alone", "centralized"]
-RowName = Literal["zero_shot", "few_shot", "alone", "federated", "centralized", "hand_written", "noiseless"]
+Trained = Literal["alone", "centralized", "routed"]
+RowName = Literal[
+    "zero_shot", "few_shot", "alone", "federated", "centralized", "hand_written", "noiseless", "routed", "untrained"
+]  # fmt: skip
 ROWS = ("zero_shot", "few_shot", "alone", "federated", "centralized")
 
 
@@ -150,10 +152,13 @@ def _ended(
     entry: dict[str, Any] = {"round": number, "bytes_up": up, "bytes_down": down, "seconds": trained, "rejected": {}}
     entry |= dict(getattr(state, "notes", {}))
     if number % experiment.evaluate.every == 0 or number == experiment.rounds:
-        name = experiment.evaluate.best_by
-        text = name not in ("loss", "accuracy", "macro_f1")
-        body = Evaluate(method.serve(state), "val", experiment.evaluate.max_new_tokens, generate=text)
-        found = scoring.summary(scoring.ask_all(engine.reach(number, disturbed=False), body))
+        name, ask = experiment.evaluate.best_by, engine.reach(number, disturbed=False)
+        if hasattr(method, "judge"):  # its questions are those of who asks
+            found = method.judge(method.serve(state), ask, "val", False)
+        else:
+            text = name not in ("loss", "accuracy", "macro_f1")
+            body = Evaluate(method.serve(state), "val", experiment.evaluate.max_new_tokens, generate=text)
+            found = scoring.summary(scoring.ask_all(ask, body))
         entry["evaluation_bytes_up"], entry["evaluation_bytes_down"] = engine.traffic.take()
         entry["val"] = found
         if name in found:
@@ -202,7 +207,7 @@ def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Exper
     table.pop("command", None)  # a run's own experiment.toml says how it was started
     written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
     for text in sets:
-        _set(table, text)
+        set_over(table, text)
     _other_method(table, written, {text.partition("=")[0].strip() for text in sets})
     _read_lists(table, path.parent)
     listed.found(table, path.parent)
@@ -356,7 +361,7 @@ def _read_lists(table: dict[str, Any], folder: Path) -> None:
         listed.inlined(settings, getattr(find.method(settings["name"]), "FILES", ()), folder)
 
 
-def _set(table: dict[str, Any], text: str) -> None:
+def set_over(table: dict[str, Any], text: str) -> None:
     """`part.key=value` laid over the table; the value as TOML, or as plain text where it is not TOML."""
     place, equals, value = text.partition("=")
     if not equals or not place.strip():

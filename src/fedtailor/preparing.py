@@ -11,6 +11,12 @@ from fedtailor.errors import SiloError, UserError, suggest
 from fedtailor.experiment import Experiment
 from fedtailor.rows import digest, plain
 
+NEEDS = {
+    "hand_written": "a method that begins with prompts", "noiseless": "method.noise",
+    "routed": "method.name = 'rag', and [baseline.routed] route, the number of silos asked at most",
+    "untrained": "method.name = 'rag' with a trainer",
+}  # fmt: skip
+
 
 def prepare(experiment: Experiment, afar: Sequence[str] = ()) -> tuple[rows_of.Loaded, models.Resident]:
     """The first seed's rows, then the base. Raises UserError for whatever can be known to fail later, all that can be
@@ -64,8 +70,8 @@ def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loade
         errors.append(str(error))
     errors += [
         f"rows: {row!r} needs {what}; leave it out"
-        for row, what in (("hand_written", "a method that begins with prompts"), ("noiseless", "method.noise"))
-        if row in experiment.rows and not _has(experiment.method, row)
+        for row, what in NEEDS.items()
+        if row in experiment.rows and not _has(experiment, row)
     ]
     try:
         _measurable(experiment, bool(experiment.data.label))
@@ -114,7 +120,9 @@ def fits(
 
 def _measurable(experiment: Experiment, classes: bool) -> None:
     known = ("loss", "accuracy", "macro_f1") if classes else ("loss", "exact_match", "rouge_l", "bleu")
-    if experiment.evaluate.best_by not in known:
+    if hasattr(experiment.method, "judge"):
+        known = experiment.method.chooses_by
+    if known and experiment.evaluate.best_by not in known:
         raise UserError(
             f"[evaluate] best_by = {experiment.evaluate.best_by!r}: not measured on this task (choices: {', '.join(known)})"
         )
@@ -139,8 +147,10 @@ def _answerable(experiment: Experiment, resident: models.Resident, classes: bool
         raise UserError(f"[data] messages: {name!r} has no chat template; use template and answer, or a chat model")
 
 
-def _has(method: object, row: str) -> bool:
-    made = getattr(method, row, None)
+def _has(experiment: Experiment, row: str) -> bool:
+    if row == "routed":
+        return bool(getattr(experiment.method_of(row), "route", 0))
+    made = getattr(experiment.method, row, None)
     return made is not None and (row == "hand_written" or made() is not None)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtailor import baselines, loaders, models, paired, peak, progress, wire
+from fedtailor import baselines, loaders, models, paired, peak, progress, questions, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import Row, SiloData
@@ -76,6 +76,8 @@ class Seed:
     def _row(self, row: str) -> dict[str, Any]:
         experiment = self.run.experiment
         peak.reset()
+        if row == "zero_shot" and hasattr(experiment.method, "judge"):
+            return questions.row(self, self.folder / "rows" / row, self.data, experiment.method)
         if row == "zero_shot":
             return self._served(baselines.zero_shot(self.data))
         if row == "few_shot":
@@ -85,6 +87,9 @@ class Seed:
         folder = self.folder / "rows" / row
         if row == "hand_written":
             return self._hand_written(folder)
+        if row in ("routed", "untrained"):
+            other = experiment.method_of(row) if row == "routed" else experiment.method.untrained()
+            return self._trained(folder, self.data, other)
         if row == "noiseless":
             return self._trained(folder, baselines.noiseless(self.data), experiment.method.noiseless())
         if row == "centralized":
@@ -106,7 +111,7 @@ class Seed:
     def _hand_written(self, folder: Path) -> dict[str, Any]:
         """Of the prompts that a search begins with, the one that is best on validation."""
         experiment, name = self.run.experiment, self.run.experiment.evaluate.best_by
-        engine = self._engine(self.data, 0, "hand_written", disturbed=False)
+        engine = self.engine(self.data, 0, "hand_written", disturbed=False)
         labels = next((rows.labels for rows in self.data.values() if rows.labels), ())
         pool = experiment.method.hand_written(labels)
         best, chosen = None, pool[0]
@@ -136,7 +141,7 @@ class Seed:
         if not served:
             return {}
         mine = wire.read_file(self.folder / "adapter" / "served.safetensors")
-        engine = self._engine(self.data, 0, "paired", disturbed=False)
+        engine = self.engine(self.data, 0, "paired", disturbed=False)
         ask = engine.reach(0, disturbed=False)
         return paired.ask_all(ask, mine, {row: wire.read_file(file) for row, file in served.items()})
 
@@ -145,12 +150,14 @@ class Seed:
         base: models.Resident | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """A row that trains over `data` and is tested on every silo's test rows."""
+        if hasattr(method, "judge"):
+            return questions.row(self, folder, data, method, federated)
         experiment = self.run.experiment
-        engine = self._engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated, base=base)
+        engine = self.engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated, base=base)
         report = run(experiment, engine, Generations(folder), method, self.seed)
         if federated:
             wire.write_bytes(self.folder / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes())
-            self._export(method, report)
+            self.export(method, report)
         elif hasattr(method, "hand_written"):
             self._kept(folder, report.served)
         began = time.perf_counter()
@@ -230,12 +237,13 @@ class Seed:
             "rejected": rejected, "samples": first["samples"],
         }  # fmt: skip
 
-    def _engine(
+    def engine(
         self, data: Mapping[str, SiloData], rounds: int, name: str, disturbed: bool, base: models.Resident | None = None
     ) -> InProcess | Remote:
         experiment = self.run.experiment
         labels = next((rows.labels for rows in data.values() if rows.labels), ())
-        more: dict[str, Any] = {"public": SiloData(self.public, (), (), labels, {"template": experiment.data.template})}
+        val, test = questions.of(self) if hasattr(experiment.method, "judge") else ((), ())
+        more: dict[str, Any] = {"public": SiloData(self.public, val, test, labels, {"template": experiment.data.template})}
         if disturbed:
             more["faults"] = experiment.faults
         if experiment.engine.record and disturbed:
@@ -262,7 +270,7 @@ class Seed:
         tested = {name: rows for name, rows in self.data.items() if rows.test or self.run.courier}
         if not tested:
             return {}, (0, 0), {}
-        engine = self._engine(tested, 0, "test", disturbed=False, base=base)
+        engine = self.engine(tested, 0, "test", disturbed=False, base=base)
         body = Evaluate(served, "test", self.run.experiment.evaluate.max_new_tokens)
         found = scoring.ask_all(engine.reach(0, disturbed=False), body)
         if engine.rejected and not self.run.courier:
@@ -280,7 +288,7 @@ class Seed:
             served.open({"base": base or self.resident}), self.data, settings.samples, settings.max_new_tokens
         )
 
-    def _export(self, method: Any, report: Report) -> None:
+    def export(self, method: Any, report: Report) -> None:
         """adapter/, made beside and moved into place."""
         beside, target = self.folder / ".adapter.tmp", self.folder / "adapter"
         shutil.rmtree(beside, ignore_errors=True)

@@ -15,9 +15,12 @@ def build() -> list[dict[str, Any]]:
 
 
 def rows(passages: list[_faq.Passage]) -> list[dict[str, Any]]:
-    """Columns: pid, silo, source, section, text, qa_id (the question it answers, or null). No passage has the heading
-    that asks."""
+    """Columns: pid, silo, source, document (the id of the question it answers, else its source), section, text, qa_id (that
+    question, or null). No passage has the heading that asks."""
     return [
-        {"pid": p.id, "silo": p.silo, "source": p.source, "section": p.section, "text": p.text, "qa_id": p.answers}
+        {
+            "pid": p.id, "silo": p.silo, "source": p.source, "document": p.answers or p.source, "section": p.section,
+            "text": p.text, "qa_id": p.answers,
+        }
         for p in passages
     ]

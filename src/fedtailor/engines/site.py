@@ -7,6 +7,10 @@
     [limits]                        # of what any server may ask of it; the stricter of these and the experiment's hold
     minimum = 5                     # rows in a sum
     epsilon = 4.0                   # of each training row in a run, under the noise that a prompt search is asked for
+    [documents]                     # what may leave of its index, see `retrieval.policy`
+    index = "north.index"           # beside this file; `fedtailor index add` makes it
+    share = "snippets"
+    words = 40
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -25,8 +29,13 @@ from fedtailor.data import SILO_FIELDS, Data, SiloData
 from fedtailor.errors import UserError, suggest
 from fedtailor.limits import Limits
 from fedtailor.models import Base
+from fedtailor.retrieval import store
+from fedtailor.retrieval.policy import Policy
 
-OWN = SILO_FIELDS | {"source", "config", "revision", "silo_column", "split_column"}
+if TYPE_CHECKING:
+    from fedtailor.retrieval.corpus import Corpus
+
+OWN = (SILO_FIELDS - {"documents"}) | {"source", "config", "revision", "silo_column", "split_column"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Site:
     folder: Path = Path("silo")  # memory, log and socket; readable by the owner alone
     data: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    documents: Policy = field(default_factory=Policy)  # without an index it has none to be searched
     server_names_data: bool = False  # rows come from the file that the server's experiment names: to try all on one machine
     models: Mapping[str, str] = field(default_factory=dict)  # the experiment's name of a base -> a local folder
     allow: tuple[str, ...] = ()  # packages besides fedtailor whose methods may run here
@@ -45,12 +55,15 @@ class Site:
 
     def rows(self, asked: Data, settings: Mapping[str, Any], seed: int) -> SiloData:
         """This silo's rows, read as the experiment asks, with its own settings over it. Raises UserError on a misfit."""
+        corpus = self.corpus(asked)
+        if corpus is not None and "source" not in self.data and not (asked.source and self.server_names_data):
+            return SiloData((), (), (), limits=self.limits, corpus=corpus)  # asked about its documents, and nothing else
         if "source" not in self.data and not self.server_names_data and asked.source not in demo.names():
             told = "so that no server can choose it; or start with --data ROWS"
             raise UserError(f"[data] source is missing: a silo names its own rows in silo.toml, {told}")
         alone = "source" in self.data and "silo_column" not in self.data
         all_mine = {"partition": "column", "silos": None, "silo_column": self.name} if alone else {}
-        servers = {"public": "", "public_fraction": 0.0}  # its public rows come with its requests
+        servers = {"public": "", "public_fraction": 0.0, "corpus": ""}  # its public rows come with its requests
         mine: Data = _checked(Data, {**asdict(asked), **servers, **self.data, **all_mine}, "[data]")
         overrides = {
             k: self.base(v) if isinstance(v, Base) else v for k, v in settings.items() if k not in self.data
@@ -58,7 +71,20 @@ class Site:
         loaded = rows_of.load(mine, {self.name: overrides} if overrides else {}, seed, owner=self.name if alone else "")
         if self.name not in loaded.silos:
             raise UserError(f"[data]: no row is silo {self.name!r}'s{suggest(self.name, loaded.silos)}")
-        return replace(loaded.silos[self.name], limits=self.limits)
+        return replace(loaded.silos[self.name], limits=self.limits, corpus=corpus)
+
+    def corpus(self, asked: Data) -> Corpus | None:
+        """Its documents. The policy is its own, whatever the server's experiment says."""
+        from fedtailor.retrieval import corpora
+        from fedtailor.retrieval.corpus import Corpus
+
+        if self.documents.index:
+            path = Path(self.documents.index)
+            store.load(path).db.close()  # one that is not there is told now
+            return Corpus(self.name, self.documents, path)
+        if not (asked.corpus and self.server_names_data):
+            return None
+        return corpora.read(asked.corpus, asked.silo_column, [self.name], {self.name: self.documents})[self.name]
 
     def base(self, asked: Base) -> Base:
         return replace(asked, name=self.models.get(asked.name, asked.name))
@@ -75,7 +101,8 @@ def read(path: Path, source: str | None = None) -> Site:
     known = {f.name for f in fields(Site)}
     errors = [f"{path}: no setting {key!r}{suggest(key, known)}" for key in table if key not in known]
     own = table.get("data", {})
-    for part, keys in (("data", OWN), ("limits", {f.name for f in fields(Limits)})):
+    kinds = (("limits", Limits), ("documents", Policy))
+    for part, keys in (("data", OWN), *((part, frozenset(f.name for f in fields(kind))) for part, kind in kinds)):
         given = table.get(part)
         unknown = [key for key in given if key not in keys] if isinstance(given, dict) else []
         errors += [f"{path}: [{part}] has no setting {key!r}{suggest(key, keys)}" for key in unknown]
@@ -87,6 +114,8 @@ def read(path: Path, source: str | None = None) -> Site:
         table["data"] = {**own, "source": str(Path(source).resolve()) if Path(source).exists() else source}
     elif isinstance(written, str) and (path.parent / written).exists():
         own["source"] = str((path.parent / written).resolve())
+    if isinstance(index := table.get("documents", {}).get("index"), str) and index:
+        table["documents"]["index"] = str((path.parent / index).resolve())
     found: Site = _checked(Site, table, str(path))
     return found
 

@@ -198,7 +198,8 @@ class Worker:
         if known is None:
             try:
                 (known,) = answer([desk], request)
-                self._write(request.run, desk)
+                if wire.find_work(request.work).__memory__:  # else nothing changed: asked again, it is done again
+                    self._write(request.run, desk)
             except FedtailorError:
                 raise
             except BaseException:  # what is not on the disk did not happen: begin again from there

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtailor import consensus, distilling, find, models, progress, tables, training
+from fedtailor import consensus, distilling, models, progress, trainers, training
 from fedtailor.answering import Answers, encode
 from fedtailor.core import Ask, Method, Silo
 from fedtailor.data import Row
@@ -341,25 +341,7 @@ class Distill(Method[State]):
 
 
 def _trainer(table: Mapping[str, Any], what: str) -> Averaging:
-    """The method that a table names. Raises ValueError."""
-    settings = {key: value for key, value in table.items() if key != "name"}
-    known = [name for name, one in find.methods().items() if issubclass(one, Averaging)]
-    if "name" not in table:
-        raise ValueError(f"{what} needs a name{suggest('', known)}; a silo's table replaces all of [method.{what}]")
-    name = str(table["name"])
-    if name not in known and ":" not in name:
-        raise ValueError(f"{what}: {name!r} is no method that trains{suggest(name, known)}")
-    kind = find.method(name)
-    if not issubclass(kind, Averaging):
-        raise ValueError(f"{what}: {name!r} is no method that trains{suggest(name, known)}")
-    for key in settings:
-        if key in OF_THE_SERVER:
-            raise ValueError(f"{what} {key}: is for a server that averages changes, and here none does; leave it out")
-    errors = list[str]()
-    made = tables.part(kind, settings, what, errors)
-    if errors:
-        raise ValueError(errors[0])
-    return made  # type: ignore[no-any-return]
+    return trainers.named(table, what, OF_THE_SERVER, "is for a server that averages changes, and here none does")
 
 
 def _places(counts: Sequence[int], rows: Sequence[int]) -> Tensor:

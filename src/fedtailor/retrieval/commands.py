@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from fedtailor.retrieval.store import Store
 
 app = typer.Typer(no_args_is_help=True, help="A silo's documents, to be searched where they are.")
 
@@ -19,6 +23,9 @@ def add(
     embedder: Annotated[str, typer.Option(help="of a new index: a packaged encoder, a folder or a hub id; default minilm")] = "",
     largest: Annotated[float, typer.Option(help="MB of a file, above which it is left out")] = 50.0,
     prune: Annotated[bool, typer.Option("--prune", help="take out what is no more in the folders")] = False,
+    shareable: Annotated[
+        bool, typer.Option("--shareable", help="tag what is added: it may leave a silo that shares such alone")
+    ] = False,
 ) -> None:
     """Add documents, and do those anew that changed. Each is cited by its path below the folder that was added."""
     from fedtailor.errors import printable
@@ -27,7 +34,7 @@ def add(
     opened, model = indexing.opened(index, embedder, embedding.load)
     with opened:
         try:
-            done = indexing.add(opened, model, documents, largest, prune)
+            done = indexing.add(opened, model, documents, largest, prune, shareable)
         except KeyboardInterrupt:
             typer.echo(f"stopped: {index} holds what is done; the same command goes on from there", err=True)
             raise
@@ -47,17 +54,29 @@ def add(
 @app.command()
 def remove(index: Index, names: Annotated[list[str], typer.Argument(help="documents, as --names lists them")]) -> None:
     """Take documents out."""
-    from fedtailor.errors import UserError, suggest
     from fedtailor.retrieval import store
 
     with store.load(index) as opened:
-        known = opened.documents()
-        if gone := [name for name in names if name not in known]:
-            raise UserError(f"{index}: holds no document {gone[0]!r}{suggest(gone[0], known)}; nothing was taken out")
+        _known(opened, names)
         for name in names:
             opened.remove(name)
         held = opened.status()
     typer.echo(f"{index}: {len(names)} taken out; holds {_counted(held.documents, held.passages)}")
+
+
+@app.command()
+def share(
+    index: Index,
+    names: Annotated[list[str], typer.Argument(help="documents, as --names lists them")],
+    no: Annotated[bool, typer.Option("--no", help="take the tag away")] = False,
+) -> None:
+    """Tag documents as shareable: of a silo whose policy is `shareable` these alone are searched, and leave it."""
+    from fedtailor.retrieval import store
+
+    with store.load(index) as opened:
+        _known(opened, names)
+        opened.share(names, not no)
+        typer.echo(f"{index}: {len(opened.shareable())} of {opened.status().documents} documents are shareable")
 
 
 @app.command()
@@ -70,8 +89,9 @@ def status(index: Index, names: Annotated[bool, typer.Option("--names", help="li
         held = opened.status()
         typer.echo(f"{index}: {_counted(held.documents, held.passages)}, {held.words:,} words, {size(held.bytes)}")
         typer.echo(f"vectors: {held.size} numbers each, by {held.embedder} ({opened.about('embedder_sha256')[:12]})")
+        tagged = opened.shareable()
         for name in opened.documents() if names else ():
-            typer.echo(name)
+            typer.echo(f"{name}{'  (shareable)' if name in tagged else ''}")
 
 
 @app.command()
@@ -92,12 +112,20 @@ def search(
         with opened.snapshot():
             asked = scoring.question(question, vector, scoring.statistics(opened, list(terms(question))))
             found = scoring.united([scoring.searched(opened, asked, max(50, most))], max(50, most))[:most]
-            passages = [opened.passage(one.document, one.number) for one in found]
-    for one, passage in zip(found, passages, strict=True):
-        typer.echo(f"[{one.document}#{passage.section}] {one.score:.3f}")
+            passages = [opened.passage(one.at) for one in found]
+    for one, (_, document, passage) in zip(found, passages, strict=True):
+        typer.echo(f"[{document}#{passage.section}] {one.score:.3f}")
         typer.echo(f"  {' '.join(passage.text.split())}\n")
     if not found:
         typer.echo("no passage found")
+
+
+def _known(opened: Store, names: Sequence[str]) -> None:
+    from fedtailor.errors import UserError, suggest
+
+    known = opened.documents()
+    if gone := [name for name in names if name not in known]:
+        raise UserError(f"{opened.path}: holds no document {gone[0]!r}{suggest(gone[0], known)}; nothing was changed")
 
 
 def _counted(documents: int, passages: int) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ class Embedder:
     model: Any  # SentenceTransformer
     name: str
     sha256: str  # over its weights
+
+    @property
+    def base(self) -> Embedder:
+        """What it was trained from: itself, where nothing was."""
+        return self
+
+    @property
+    def base_sha256(self) -> str:
+        return self.base.sha256
 
     @property
     def size(self) -> int:
@@ -74,6 +84,12 @@ def load(name: str) -> Embedder:
     for key, tensor in sorted(model.state_dict().items()):
         weights.update(key.encode() + tensor.cpu().contiguous().float().numpy().tobytes())
     return Embedder(model.eval(), name, weights.hexdigest())
+
+
+@cache
+def resident(name: str) -> Embedder:
+    """As `load`, once in a process."""
+    return load(name)
 
 
 def _bare(source: Path) -> bool:

@@ -66,12 +66,14 @@ def embedder_of(index: store.Store, name: str, load: Callable[[str], Embedder]) 
 
 
 def add(
-    index: store.Store, embedder: Callable[[], Embedder], paths: Sequence[Path], largest: float = LARGEST, prune: bool = False
-) -> Added:
+    index: store.Store, embedder: Callable[[], Embedder], paths: Sequence[Path], largest: float = LARGEST, prune: bool = False,
+    tag: bool = False,
+) -> Added:  # fmt: skip
     """Files, and all that can be read in folders, which are named by their path below these. `prune`: take out what was read
-    below these folders and is there no more. Raises UserError for a path that is not there, or two files of one name."""
+    below these folders and is there no more. `tag`: what is added or changed is shareable; a tag stays. Raises UserError for a
+    path that is not there, or two files of one name."""
     files, failed = _files(paths)
-    known, new, changed, same = index.documents(), 0, 0, 0
+    known, shareable, new, changed, same = index.documents(), index.shareable(), 0, 0, 0
     empty = list[str]()
     size, overlap = int(index.about("cut")), int(index.about("overlap"))
     with progress.bar("documents", len(files)) as advance:
@@ -94,8 +96,8 @@ def add(
                 index.remove(name)
                 continue
             passages = list(cut(document, embedder().model.tokenizer, size, overlap))
-            vectors = _vectors(embedder(), [passage.indexed for passage in passages])
-            index.put(name, document.sha256, passages, vectors, _now(), source)
+            found = vectors(embedder(), [passage.indexed for passage in passages])
+            index.put(name, document.sha256, passages, found, _now(), source, tag or name in shareable)
             new, changed = new + (before is None), changed + (before is not None)
     roots = [path.resolve() for path in paths if path.is_dir()]
     was = {name: Path(source) for name, (_, source) in index.documents().items()}
@@ -115,8 +117,9 @@ def _may(path: Path, name: str, before: str, largest: float) -> None:
         raise UserError(f"{path}: {held:.3g} MB, more than {largest:g}; split it, or raise --largest")
 
 
-def _vectors(embedder: Embedder, texts: Sequence[str]) -> store.Vectors:
-    found = []
+def vectors(embedder: Embedder, texts: Sequence[str]) -> store.Vectors:
+    """(texts, size), a bar meanwhile."""
+    found = [np.zeros((0, embedder.size), np.int16)]
     with progress.bar("passages", -(-len(texts) // AT_ONCE)) as advance:
         for begin in range(0, len(texts), AT_ONCE):
             found.append(embedder.passages(texts[begin : begin + AT_ONCE]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from fedtailor.retrieval.store import SCALE, Store, Vectors
 from fedtailor.retrieval.terms import K1, B, idf, terms
 
 BLOCK = 4096  # passages of which products are held at once
+FUSED = 60  # of reciprocal rank fusion (Cormack et al. 2009)
+SHAREABLE = "select id from documents where shareable"
 Numbers = npt.NDArray[np.float64]
 
 
@@ -34,14 +36,17 @@ class Statistics:
         return Statistics(self.passages + other.passages, self.words + other.words, having)
 
 
-def statistics(index: Store, of: Sequence[int] | None = None) -> Statistics:
-    """`of`: these words alone; None: all of the index."""
-    passages, words = index.db.execute("select count(*), coalesce(sum(words), 0) from passages").fetchone()
+def statistics(index: Store, of: Sequence[int] | None = None, shareable: bool = False) -> Statistics:
+    """`of`: these words alone; None: all of the index. `shareable`: of documents with this tag alone."""
+    tagged = f"where p.document in ({SHAREABLE})" if shareable else ""
+    count = f"select count(*), coalesce(sum(p.words), 0) from passages p {tagged}"
+    passages, words = index.db.execute(count).fetchone()
+    source = f"postings join passages p on p.id = passage {tagged}" if shareable else "postings"
     if of is None:
-        having = dict(index.db.execute("select term, count(*) from postings group by term"))
+        having = dict(index.db.execute(f"select term, count(*) from {source} group by term"))
     else:
-        count = "select count(*) from postings where term = ?"
-        having = {term: index.db.execute(count, (term,)).fetchone()[0] for term in of}
+        one = f"select count(*) from {source} {'and' if shareable else 'where'} term = ?"
+        having = {term: index.db.execute(one, (term,)).fetchone()[0] for term in of}
     return Statistics(passages, words, having)
 
 
@@ -67,22 +72,23 @@ def question(text: str, vector: Vectors, known: Statistics, words_share: float =
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate. Better ones compare as less."""
+    """A candidate."""
 
     score: float
-    document: str
-    number: int  # of the passage in it
+    at: int  # its number in its silo's index, by which it is fetched
+    place: int  # among all that its silo found, in the order of documents' names and of passages in them
     cosine: float
     words: float  # BM25 as a share of the most that the question's words can give
     silo: str = ""
 
     @property
     def source(self) -> tuple[str, int]:
-        """No two passages of different silos have the same; one index over all has these as its documents' names."""
-        return f"{self.silo}/{self.document}" if self.silo else self.document, self.number
+        """In the order that one index has, whose documents are named silo/document."""
+        return f"{self.silo}/", self.place
 
     @property
     def order(self) -> tuple[float, str, int]:
+        """Better ones have a lesser one."""
         return -self.score, *self.source
 
 
@@ -93,8 +99,6 @@ class Table:
     version: str
     ids: npt.NDArray[np.int64]
     order: npt.NDArray[np.int64]  # which sorts `ids`
-    names: list[str]
-    numbers: list[int]
     words: Numbers  # (passages,) of each
     vectors: Vectors  # (passages, size)
     postings: dict[int, tuple[npt.NDArray[np.int64], Numbers]] = field(default_factory=dict)  # of words that were asked for
@@ -104,24 +108,32 @@ class Table:
         if term not in self.postings:
             rows = index.db.execute("select passage, count from postings where term = ?", (term,)).fetchall()
             pairs = np.array(rows, np.int64).reshape(-1, 2)
-            places = self.order[np.searchsorted(self.ids, pairs[:, 0], sorter=self.order)]
-            self.postings[term] = places, pairs[:, 1].astype(np.float64)
+            places = self.order[np.searchsorted(self.ids, pairs[:, 0], sorter=self.order).clip(max=len(self.ids) - 1)]
+            held = self.ids[places] == pairs[:, 0]  # all of them, but where some documents alone are searched
+            self.postings[term] = places[held], pairs[held, 1].astype(np.float64)
         return self.postings[term]
 
 
 class Searcher:
-    """An index, and of it in memory what searching needs, read anew where it changed."""
+    """An index, and of it in memory what searching needs, read anew where it changed.
 
-    def __init__(self, index: Store, silo: str = "") -> None:
-        self.index, self.silo = index, silo
+    embedder: SHA-256 of the one whose vectors are searched; "": the index's own. shareable: documents with this tag alone.
+    """
+
+    def __init__(self, index: Store, silo: str = "", embedder: str = "", shareable: bool = False) -> None:
+        self.index, self.silo, self.embedder, self.shareable = index, silo, embedder, shareable
         self.held: Table | None = None
 
     def search(self, asked: Question, most: int) -> list[Found]:
         """As `searched`."""
         with self.index.snapshot():
-            if self.held is None or self.held.version != self.index.about("version"):
-                self.held = _table(self.index)
-            return _searched(self.index, self.held, asked, most, self.silo)
+            return _searched(self.index, self.table(), asked, most, self.silo)
+
+    def table(self) -> Table:
+        """In a snapshot that the caller took."""
+        if self.held is None or self.held.version != self.index.about("version"):
+            self.held = _table(self.index, self.embedder, self.shareable)
+        return self.held
 
 
 def searched(index: Store, asked: Question, most: int, silo: str = "") -> list[Found]:
@@ -130,14 +142,16 @@ def searched(index: Store, asked: Question, most: int, silo: str = "") -> list[F
     return _searched(index, _table(index), asked, most, silo)
 
 
-def _table(index: Store) -> Table:
-    joined = "passages p join documents d on d.id = p.document"
-    ordered = f"select p.id, d.name, p.number, p.words, p.vector from {joined} order by d.name, p.number"
-    rows = index.db.execute(ordered).fetchall()
-    vectors = np.frombuffer(b"".join(row[4] for row in rows), np.int16).reshape(len(rows), int(index.about("size")))
-    lengths = np.array([row[3] for row in rows], np.float64)
+def _table(index: Store, embedder: str = "", shareable: bool = False) -> Table:
+    own = embedder in ("", index.about("embedder_sha256"))
+    vector, more = ("p.vector", "") if own else ("o.vector", "join others o on o.passage = p.id and o.embedder = ?")
+    tagged = "where d.shareable" if shareable else ""
+    joined = f"passages p join documents d on d.id = p.document {more} {tagged}"
+    ordered = f"select p.id, p.words, {vector} from {joined} order by d.name, p.number"
+    rows = index.db.execute(ordered, () if own else (embedder,)).fetchall()
+    vectors = np.frombuffer(b"".join(row[2] for row in rows), np.int16).reshape(len(rows), int(index.about("size")))
     ids = np.array([row[0] for row in rows], np.int64)
-    return Table(index.about("version"), ids, ids.argsort(), [r[1] for r in rows], [r[2] for r in rows], lengths, vectors)
+    return Table(index.about("version"), ids, ids.argsort(), np.array([row[1] for row in rows], np.float64), vectors)
 
 
 def _searched(index: Store, held: Table, asked: Question, most: int, silo: str) -> list[Found]:
@@ -146,7 +160,9 @@ def _searched(index: Store, held: Table, asked: Question, most: int, silo: str) 
     cosine, words = _cosines(held.vectors, asked.vector), _words(index, held, asked)
     score = (1 - asked.words_share) * cosine + asked.words_share * words
     chosen = sorted({*_best(cosine, most), *(i for i in _best(words, most) if words[i])})
-    found = [Found(float(score[i]), held.names[i], held.numbers[i], float(cosine[i]), float(words[i]), silo) for i in chosen]
+    found = [
+        Found(float(score[i]), int(held.ids[i]), place, float(cosine[i]), float(words[i]), silo) for place, i in enumerate(chosen)
+    ]
     return sorted(found, key=lambda one: one.order)
 
 
@@ -156,6 +172,20 @@ def united(lists: Sequence[Sequence[Found]], most: int) -> list[Found]:
     near = sorted(every, key=lambda one: -one.cosine)[:most]
     alike = [one for one in sorted(every, key=lambda one: -one.words)[:most] if one.words]
     return sorted({*near, *alike}, key=lambda one: one.order)
+
+
+def fused(lists: Sequence[Sequence[Found]], most: int) -> list[Found]:
+    """Of silos whose scores cannot be compared, by ranks alone: `score` is the sum of 1 / (60 + rank) by angle and by words, each
+    within its silo (reciprocal rank fusion, Cormack et al. 2009), over the most that it can be."""
+    every = list[Found]()
+    for some in lists:
+        near = sorted(some, key=lambda one: (-one.cosine, one.place))
+        alike = sorted((one for one in some if one.words), key=lambda one: (-one.words, one.place))
+        score = Counter[int]()
+        for ranked in (near, alike):
+            score.update({one.place: 1 / (FUSED + rank) for rank, one in enumerate(ranked, 1)})
+        every += [replace(one, score=score[one.place] * (FUSED + 1) / 2) for one in some]
+    return sorted(every, key=lambda one: one.order)[:most]
 
 
 def _cosines(vectors: Vectors, asked: Vectors) -> Numbers:

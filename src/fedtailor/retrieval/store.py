@@ -24,18 +24,19 @@ from fedtailor.retrieval.terms import terms
 
 Vectors = npt.NDArray[np.int16]
 SCALE = 32767  # of a component of a unit vector: the rounding is 1.5e-5
-FORMAT = 1
+FORMAT = 2
 OURS = 0x66746978  # "ftix", in the file's head
 TABLES = """
 create table about (key text primary key, value text not null) without rowid;
 create table documents (
     id integer primary key autoincrement, name text not null unique, source text not null, sha256 text not null,
-    added text not null);
+    added text not null, shareable integer not null default 0);
 create table passages (
     id integer primary key autoincrement, document integer not null references documents, number integer not null,
     section text not null, text text not null, words integer not null, vector blob not null);
 create index passages_of on passages (document, number);
 create table postings (term integer, passage integer, count integer not null, primary key (term, passage)) without rowid;
+create table others (embedder text, passage integer, vector blob not null, primary key (embedder, passage)) without rowid;
 """
 
 
@@ -74,15 +75,17 @@ class Store:
         finally:
             self.db.execute("rollback")
 
-    def put(self, name: str, sha256: str, passages: Sequence[Passage], vectors: Vectors, added: str, source: str = "") -> None:
+    def put(
+        self, name: str, sha256: str, passages: Sequence[Passage], vectors: Vectors, added: str, source: str = "",
+        shareable: bool = False,
+    ) -> None:  # fmt: skip
         """A document, in place of one of the same name. vectors: (passages, size); source: the file it was read from."""
-        size = int(self.about("size"))
-        if vectors.shape != (len(passages), size) or vectors.dtype != np.int16:
-            raise ValueError(f"vectors {vectors.shape} of {vectors.dtype} for {len(passages)} passages; it holds int16 of {size}")
+        self._fit(vectors, len(passages))
         with self._changing():
             self._out(name)
-            row = (name, source, sha256, added)
-            told = self.db.execute("insert into documents (name, source, sha256, added) values (?, ?, ?, ?)", row)
+            row = (name, source, sha256, added, shareable)
+            insert = "insert into documents (name, source, sha256, added, shareable) values (?, ?, ?, ?, ?)"
+            told = self.db.execute(insert, row)
             for number, (passage, vector) in enumerate(zip(passages, vectors, strict=True)):
                 counts = terms(passage.indexed)
                 made = (told.lastrowid, number, passage.section, passage.text, counts.total(), vector.tobytes())
@@ -96,19 +99,60 @@ class Store:
         with self._changing():
             return self._out(name)
 
+    def share(self, names: Sequence[str], shareable: bool) -> None:
+        """Whether a silo whose policy lets out tagged documents alone lets these out."""
+        with self._changing():
+            tagged = "update documents set shareable = ? where name = ?"
+            self.db.executemany(tagged, ((shareable, name) for name in names))
+
+    def shareable(self) -> set[str]:
+        return {name for (name,) in self.db.execute("select name from documents where shareable")}
+
+    def lacking(self, embedder_sha256: str) -> list[tuple[int, Passage]]:
+        """(number, passage) of what has no vector by this embedder yet."""
+        if embedder_sha256 == self.about("embedder_sha256"):
+            return []
+        without = "select id, section, text from passages where id not in (select passage from others where embedder = ?)"
+        rows = self.db.execute(f"{without} order by id", (embedder_sha256,)).fetchall()
+        return [(at, Passage(section, text)) for at, section, text in rows]
+
+    def embed(self, embedder_sha256: str, passages: Sequence[int], vectors: Vectors) -> None:
+        """These passages' vectors by another embedder, beside the index's own. One that is gone meanwhile is left out."""
+        self._fit(vectors, len(passages))
+        with self._changing():
+            put = "insert or replace into others select ?, id, ? from passages where id = ?"
+            pairs = zip(passages, vectors, strict=True)
+            self.db.executemany(put, ((embedder_sha256, vector.tobytes(), at) for at, vector in pairs))
+
+    def forget(self, but: str) -> None:
+        """Vectors by other embedders than the index's own and this one."""
+        with self._changing():
+            self.db.execute("delete from others where embedder != ?", (but,))
+
     def documents(self) -> dict[str, tuple[str, str]]:
         """name -> (SHA-256 of the file, where it was read), by name."""
         rows = self.db.execute("select name, sha256, source from documents order by name")
         return {name: (sha256, source) for name, sha256, source in rows}
 
-    def passage(self, document: str, number: int) -> Passage:
-        """KeyError where there is none: it may be gone since it was found."""
+    def passage(self, at: int) -> tuple[int, str, Passage]:
+        """The document's number and name, and the passage. KeyError where there is none: it may be gone since it was found."""
         joined = "passages p join documents d on d.id = p.document"
-        one = f"select p.section, p.text from {joined} where d.name = ? and p.number = ?"
-        row = self.db.execute(one, (document, number)).fetchone()
+        row = self.db.execute(f"select d.id, d.name, p.section, p.text from {joined} where p.id = ?", (at,)).fetchone()
         if row is None:
-            raise KeyError(f"{document}, passage {number}")
-        return Passage(*row)
+            raise KeyError(f"{self.path}: no passage {at}")
+        return row[0], row[1], Passage(*row[2:])
+
+    def document(self, name: str) -> tuple[list[Passage], Vectors]:
+        """Its passages in their order, and their vectors (passages, size) by the index's own embedder."""
+        joined = "passages p join documents d on d.id = p.document"
+        ordered = f"select p.section, p.text, p.vector from {joined} where d.name = ? order by p.number"
+        rows = self.db.execute(ordered, (name,)).fetchall()
+        vectors = np.frombuffer(b"".join(row[2] for row in rows), np.int16).reshape(len(rows), int(self.about("size")))
+        return [Passage(section, text) for section, text, _ in rows], vectors
+
+    def embedders(self) -> set[str]:
+        """SHA-256 of each that passages have vectors by; the index's own is one."""
+        return {self.about("embedder_sha256"), *(one for (one,) in self.db.execute("select distinct embedder from others"))}
 
     def status(self) -> Status:
         documents = self.db.execute("select count(*) from documents").fetchone()[0]
@@ -125,9 +169,15 @@ class Store:
         for at, section, text in rows:  # by what it says: postings need no second order for this
             gone = ((term, at) for term in terms(Passage(section, text).indexed))
             self.db.executemany("delete from postings where term = ? and passage = ?", gone)
+        self.db.execute("delete from others where passage in (select id from passages where document = ?)", found)
         self.db.execute("delete from passages where document = ?", found)
         self.db.execute("delete from documents where id = ?", found)
         return True
+
+    def _fit(self, vectors: Vectors, count: int) -> None:
+        size = int(self.about("size"))
+        if vectors.shape != (count, size) or vectors.dtype != np.int16:
+            raise ValueError(f"vectors {vectors.shape} of {vectors.dtype} for {count} passages; it holds int16 of {size}")
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -182,7 +232,8 @@ def load(path: Path) -> Store:
     # where nothing can be written, not even a lock, nobody else writes either
     how = "mode=rw" if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
     try:
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, isolation_level=None, timeout=10)
+        place = f"{path.resolve().as_uri()}?{how}"
+        db = sqlite3.connect(place, uri=True, isolation_level=None, timeout=10, check_same_thread=False)
         db.execute("pragma synchronous = full")  # a commit is on the disk, not on its way there
         store = Store(path, db)
         found = store.about("format")

@@ -1,0 +1,149 @@
+"""A silo's documents as the code next to them sees them: an index, opened once, and what may leave of it.
+
+The index is a file that the silo keeps (`fedtailor index add`), or, to try things in one process, one made of a table's rows or
+of several silos' indexes; these are kept in the cache, by what they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedtailor import fetch, progress
+from fedtailor.errors import SiloError
+from fedtailor.retrieval import store
+from fedtailor.retrieval.cutting import Passage, cut
+from fedtailor.retrieval.embedding import Embedder
+from fedtailor.retrieval.indexing import AT_ONCE, CUT, OVERLAP, vectors
+from fedtailor.retrieval.ledger import Ledger
+from fedtailor.retrieval.policy import Policy
+from fedtailor.retrieval.reading import Document
+from fedtailor.retrieval.scoring import Searcher
+from fedtailor.retrieval.store import Store
+
+
+@dataclass
+class Corpus:
+    """One of path, documents and parts says where they are."""
+
+    silo: str
+    policy: Policy = field(default_factory=Policy)
+    path: Path | None = None  # an index that is there
+    documents: Sequence[Document] = ()
+    parts: Mapping[str, Corpus] = field(default_factory=dict)  # silo -> its corpus, all as one: documents are named silo/document
+    store: Store | None = None  # open
+    ledger: Ledger | None = None
+    held: dict[str, Searcher] = field(default_factory=dict)  # by the embedder's SHA-256
+
+    def sha256(self) -> str:
+        """Of what it holds: the same for the same documents."""
+        whole = hashlib.sha256()
+        if self.path is not None:
+            with store.load(self.path) as index:
+                whole.update(json.dumps(sorted(index.documents().items())).encode())
+        for one in self.documents:
+            whole.update(json.dumps([one.name, one.sha256]).encode())
+        for name, part in self.parts.items():
+            whole.update(json.dumps([name, part.sha256()]).encode())
+        return whole.hexdigest()
+
+    @property
+    def tagged(self) -> bool:
+        """Whether documents with the tag alone are searched."""
+        return self.policy.share == "shareable"
+
+    def index(self, embedder: Embedder | None = None) -> Store:
+        """Open, for as long as this process runs. Made first where it has to be, which needs the embedder."""
+        if self.store is None:
+            self.store = self._made(embedder)
+        return self.store
+
+    def told(self, embedder: Embedder) -> Searcher:
+        """As `searcher`, once each passage has a vector by this embedder. It is the index's own, or was trained from that one."""
+        index = self.index(embedder)
+        if embedder.base_sha256 != index.about("embedder_sha256"):
+            raise SiloError(self._unlike(embedder.name, embedder.base_sha256))
+        if lacking := index.lacking(embedder.sha256):
+            index.forget(embedder.sha256)
+            with progress.bar("embedding anew", -(-len(lacking) // AT_ONCE)) as advance:
+                for begin in range(0, len(lacking), AT_ONCE):
+                    some = lacking[begin : begin + AT_ONCE]
+                    vectors = embedder.passages([passage.indexed for _, passage in some])
+                    index.embed(embedder.sha256, [at for at, _ in some], vectors)
+                    advance()
+        return self.searcher(embedder.sha256)
+
+    def searcher(self, embedder_sha256: str) -> Searcher:
+        """Over the vectors by that embedder. Raises SiloError where there are none."""
+        if embedder_sha256 not in self.held:
+            index = self.index()
+            if embedder_sha256 not in index.embedders():
+                raise SiloError(self._unlike("another", embedder_sha256))
+            self.held[embedder_sha256] = Searcher(index, self.silo, embedder_sha256, self.tagged)
+        return self.held[embedder_sha256]
+
+    def passage(self, at: int) -> tuple[int, str, Passage] | None:
+        """As the index has it; None where it is gone, or not to be searched."""
+        index = self.index()
+        try:
+            found = index.passage(at)
+        except KeyError:
+            return None
+        return None if self.tagged and found[1] not in index.shareable() else found
+
+    def book(self, asker: str, questions: int = 0, words: int = 0) -> None:
+        """What is told to whom. Raises SiloError where the policy's limits are reached."""
+        if self.ledger is None and self.path is not None:
+            self.ledger = Ledger(self.path.with_name(f"{self.path.name}.asked"))
+        if self.ledger is not None:
+            self.ledger.take(self.policy, asker, time.time(), questions, words)
+
+    def _unlike(self, name: str, sha256: str) -> str:
+        own = self.index()
+        return (
+            f"its index's vectors are by {own.about('embedder')!r} ({own.about('embedder_sha256')[:12]}), asked is {name!r} "
+            f"({sha256[:12]}): set method.embedder, or make a new index with --embedder"
+        )
+
+    def _made(self, embedder: Embedder | None) -> Store:
+        if self.path is not None:
+            return store.load(self.path)
+        if embedder is None:
+            raise SiloError("its documents are in no index yet: it is told of the embedder first")
+        size = min(CUT, embedder.reads)
+        key = hashlib.sha256(f"{store.FORMAT} {self.sha256()} {embedder.base_sha256} {size}".encode()).hexdigest()[:24]
+        path = fetch.cache_dir() / "indexes" / f"{key}.index"
+        if path.exists():
+            return store.load(path)
+        with fetch.workspace() as work:  # a half-made one is never taken for one
+            beside = work / path.name
+            with store.make(beside, embedder.name, embedder.base_sha256, embedder.size, (size, min(OVERLAP, size // 4))) as index:
+                if self.parts:
+                    self._unite(index, embedder)
+                else:
+                    self._add(index, embedder)
+                index.db.execute("pragma journal_mode = delete")  # all of it in the one file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.replace(path)
+        return store.load(path)
+
+    def _add(self, index: Store, embedder: Embedder) -> None:
+        size, overlap = int(index.about("cut")), int(index.about("overlap"))
+        cuts = [(one, list(cut(one, embedder.model.tokenizer, size, overlap))) for one in self.documents]
+        found = vectors(embedder.base, [passage.indexed for _, some in cuts for passage in some])
+        begin = 0
+        for document, some in cuts:
+            index.put(document.name, document.sha256, some, found[begin : begin + len(some)], "")
+            begin += len(some)
+
+    def _unite(self, index: Store, embedder: Embedder) -> None:
+        for silo, part in self.parts.items():
+            other = part.index(embedder)
+            if other.about("embedder_sha256") != index.about("embedder_sha256"):
+                raise SiloError(f"silo {silo!r}: its index is by another embedder; one index cannot hold both")
+            for name, (sha256, _) in other.documents().items():
+                index.put(f"{silo}/{name}", sha256, *other.document(name), "")
