@@ -23,6 +23,7 @@ from fedtailor.models import Resident
 from fedtailor.tiny import KINDS, tiny
 from flares import federation as federation  # fixtures, too
 from flares import flare as flare
+from libraries import embedder as embedder
 from tiny_runs import conduct
 
 LABELS = ("bad", "good")

@@ -20,17 +20,6 @@ from fedtailor.retrieval.store import SCALE
 Command = Callable[..., Ended]
 
 
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory: pytest.TempPathFactory, resident_of: Callable[[str], Resident]) -> str:
-    """A folder as transformers writes it: without a pooling of its own."""
-    folder = tmp_path_factory.mktemp("embedder")
-    bert = resident_of("bert")
-    bert.tuned()
-    bert.module.save_pretrained(folder)
-    bert.save_reader(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def documents(tmp_path: Path) -> Path:
     folder = tmp_path / "documents"
