@@ -74,9 +74,9 @@ class Finder:
         first = next(iter(asked.values()))
         results = [Result(one, self._chosen(i, asked), []) for i, one in enumerate(first)]
         lists = [list[list[Found]]() for _ in questions]
-        heard = set[str]()
+        heard, why = set[str](), list[str]()
         for silos, numbers in self._together(results):
-            for silo, found in self._searched(silos, [asked[self.told[silos[0]].sha256][i] for i in numbers]):
+            for silo, found in self._searched(silos, [asked[self.told[silos[0]].sha256][i] for i in numbers], why):
                 heard.add(silo)
                 for i, some in zip(numbers, found, strict=True):
                     lists[i].append(some)
@@ -85,7 +85,7 @@ class Finder:
             combine = scoring.united if self.how.merge == "scores" else scoring.fused
             result.found = combine(each, self.how.candidates)
         if results and not heard:
-            raise RunError(f"no silo answered within {self.how.deadline:g} s ({', '.join(self.told)})")
+            raise RunError(f"no silo answered: {'; '.join(why[:3])}")
         return results
 
     def sources(self, results: Sequence[Result], most: int, texts: bool = True) -> list[list[Source]]:
@@ -156,7 +156,10 @@ class Finder:
                 groups[self.told[silo].sha256, some].append(silo)
         return ((silos, list(some)) for (_, some), silos in groups.items())
 
-    def _searched(self, silos: Sequence[str], asked: Sequence[Question]) -> Iterator[tuple[str, list[list[Found]]]]:
+    def _searched(
+        self, silos: Sequence[str], asked: Sequence[Question], why: list[str]
+    ) -> Iterator[tuple[str, list[list[Found]]]]:
+        """Of each silo that answers; where none does, `why` says it."""
         vectors = torch.from_numpy(np.stack([one.vector for one in asked]))
         words = asking.words([one.weights for one in asked])
         how, share = self.how, self.how.words_share
@@ -165,8 +168,8 @@ class Finder:
         try:
             for reply in self._asked(asking.search, body, silos):
                 yield reply.silo, reply.body.found(reply.silo, share)
-        except RunError:  # none of them
-            return
+        except RunError as error:
+            why.append(str(error))
 
     def _fetched(
         self, silo: str, some: Sequence[tuple[int, Found]], results: Sequence[Result], texts: bool
