@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -31,6 +31,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Batches = Callable[[Silo, training.Local], list[list[Any]]]  # of each local step: `training.draw`
 OF_THE_BASE = (".ia3_l.", ".ln_tuning_layers.", ".lora_magnitude_vector.")  # in names of what is not 0 in an untouched base
 
 
@@ -258,16 +259,8 @@ class Averaging(Method[State], abc.ABC):
         )
 
     def local(self, lrs: tuple[float, ...]) -> training.Local:
-        return training.Local(
-            lrs,
-            self.batch_size,
-            self.accumulate,
-            self.optimizer,
-            self.weight_decay,
-            self.clip,
-            self.prox,
-            self.dropping,
-        )
+        size, accumulate = self.batch_size, self.accumulate
+        return training.Local(lrs, size, accumulate, self.optimizer, self.weight_decay, self.clip, self.prox, self.dropping)
 
     def example(self, resident: Resident, labels: int, number: int = 1) -> Trained:
         """A reply of round `number` as it would leave a silo, of the same size but for a digit of the loss: what `fedtailor
@@ -313,7 +306,13 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
     ):
         return [done for silo in silos for done in train_many([silo], body)]
     method = body.method.mine(silos[0].data.settings)
-    tuned = method.put_on(resident, len(silos[0].data.labels))
+    return taught(silos, body, method, resident, method.put_on(resident, len(silos[0].data.labels)))
+
+
+def taught(
+    silos: Sequence[Silo], body: Train, method: Averaging, resident: Resident, tuned: Tuned, batches: Batches | None = None
+) -> list[Trained | wire.Failure]:
+    """What the silos tell after training `tuned` as `method` says, on their rows or what `batches` draws of them."""
     begun, fixed, control = body.tensors, body.fixed, body.control
     if method != body.method:  # a silo of lower rank or fewer virtual tokens
         shapes = {n: t.shape for n, t in tuned.tensors().items()}
@@ -329,7 +328,8 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
     some = [(silo.data, silo.seed) for silo in silos]
     # decay pulls towards the base: such as starts from the base's own values back to them, all else to 0
     neutral = {n: t for n, t in tuned.tensors().items() if any(part in n for part in OF_THE_BASE)} if how.weight_decay else {}
-    done = training.train(resident, tuned, begun, some, how, moments, fixed, drift, neutral)
+    drawn = None if batches is None else [batches(silo, how) for silo in silos]
+    done = training.train(resident, tuned, begun, some, how, moments, fixed, drift, neutral, drawn)
     replies: list[Trained | wire.Failure] = []
     for s, silo in enumerate(silos):
         if (why := done.failed[s]) is not None:
@@ -338,9 +338,8 @@ def train_many(silos: Sequence[Silo], body: Train) -> list[Trained | wire.Failur
         if kept:  # of what another round trained, the moments stay
             silo.memory["moments"] = {**silo.memory.get("moments", {}), **training.moments_of(done, s)}
         delta = {n: _padded(done.tensors[n][s].cpu() - begun[n], t.shape) for n, t in body.tensors.items()}
-        weight = float(
-            len(silo.data.train) if body.method.weigh == "held" else len(how.lrs) * how.batch_size * how.accumulate
-        )
+        seen = len(how.lrs) * how.batch_size * how.accumulate
+        weight = float(len(silo.data.train) if body.method.weigh == "held" else seen)
         shift = {}
         if control:
             gradient = {n: done.gradient[n][s].cpu() for n in control}
