@@ -13,10 +13,14 @@ from fedtailor.retrieval.corpus import Corpus
 from fedtailor.retrieval.policy import Policy
 
 LIBRARIES = {
-    "north": {"cats.md": "# Cats\nThe black cat sat on the mat.\n\n# Dogs\nThe old dog ran home.\n", "fish.txt": "A fish swims."},
-    "south": {"birds.md": "# Birds\nThe bird sang at dawn. Ann Lee heard it, call 555-1234.\n", "cats.md": "# Cats\nNo cat here.\n"},
+    "north": {
+        "cats.md": "# Cats\nThe black cat sat on the mat.\n\n# Dogs\nThe old dog ran home.\n", "fish.txt": "A fish swims.",
+    },
+    "south": {
+        "birds.md": "# Birds\nThe bird sang at dawn. Ann Lee heard it, call 555-1234.\n", "cats.md": "# Cats\nNo cat here.\n",
+    },
     "west": {"trees.md": "# Trees\nAn oak grows slowly. A birch grows fast.\n"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

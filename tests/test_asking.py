@@ -121,7 +121,7 @@ def test_another_embedder(made: dict[str, Path], embedder: str) -> None:
     """The asker's has other weights than the silo's of the same name; or the silo's index is by another."""
     with pytest.raises(SiloError, match="has other weights"):
         asking.tell(silo(Corpus("south", Policy(), made["south"])), Tell(embedder, "0" * 64))
-    with pytest.raises(SiloError, match="its index's vectors are by .* asked is 'another'"):
+    with pytest.raises(SiloError, match=r"its index's vectors are by .* asked is 'another'"):
         asking.search(silo(Corpus("south", Policy(), made["south"])), searching(embedder, "cat", sha256="0" * 64))
 
 

@@ -216,13 +216,13 @@ def test_not_finite_and_missing_numbers_are_dashes(tmp_path: Path) -> None:
 def test_generation_metrics_and_unknown_ones() -> None:
     result: dict[str, Any] = {"version": 1, "rows": {
         "federated": {"loss": metric(2.0, 3.0, lower=True), "rouge_l": metric(0.2, 0.4), "epsilon": 8.0,
-                      "recall_at_5": metric(0.5, 0.7)},
+                      "recall_at_9": metric(0.5, 0.7)},
         "ensemble_of_two": {"loss": metric(2.0, 2.0, lower=True), "rouge_l": metric(0.1, 0.1)},
     }}
     assert report.primary(result) == "rouge_l"
     assert report.summary(result).endswith("over 2 silos reaches ROUGE-L 0.300; ensemble of two 0.100.")
     assert report.markdown(result).splitlines()[2:] == [
-        "|  | ROUGE-L ↑ | worst | loss ↓ | worst | recall at 5 | worst | epsilon |",
+        "|  | ROUGE-L ↑ | worst | loss ↓ | worst | recall at 9 | worst | epsilon |",
         "| --- | --: | --: | --: | --: | --: | --: | --: |",
         "| **federated** | **0.300** | **0.200** | **2.500** | **3.000** | **0.600** | **0.500** | **8.000** |",
         "| ensemble of two | 0.100 | 0.100 | 2.000 | 2.000 | – | – | – |",

@@ -20,7 +20,7 @@ from fedtailor.answering import Answers
 from fedtailor.core import Ask, Reply, Silo, in_silo
 from fedtailor.data import Row
 
-LOWER_IS_BETTER = frozenset({"loss"})
+LOWER_IS_BETTER = frozenset({"loss", "silos_asked"})
 TOGETHER = 64  # silos whose rows are scored in one go
 
 

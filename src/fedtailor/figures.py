@@ -25,12 +25,15 @@ class Metric:
 # Columns and lines stand in this order; what is not here comes after, under its own name. The page says what they mean.
 METRICS = {
     "accuracy": Metric("accuracy", "higher"), "macro_f1": Metric("macro F1", "higher"),
+    "recall_at_5": Metric("recall@5", "higher"), "mrr": Metric("MRR", "higher"), "token_f1": Metric("token F1", "higher"),
     "rouge_l": Metric("ROUGE-L", "higher"), "bleu": Metric("BLEU", "higher"), "exact_match": Metric("exact match", "higher"),
-    "loss": Metric("loss", "lower"), "gap": Metric("exactness gap of the aggregation", "lower"),
+    "silos_asked": Metric("silos asked", "lower"), "loss": Metric("loss", "lower"),
+    "gap": Metric("exactness gap of the aggregation", "lower"),
 }
 ROWS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "alone": "alone", "alone.own": "alone, own",
         "hand_written": "best hand-written prompt", "federated": "federated",
         "federated.own": "federated, own models", "noiseless": "federated, without noise",
+        "untrained": "federated, retriever as it comes", "routed": "federated, routed",
         "centralized": "centralized"}
 
 

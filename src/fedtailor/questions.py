@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from fedtailor import peak, wire
 from fedtailor.core import Ask
 from fedtailor.data import Row, SiloData
@@ -44,11 +46,13 @@ def row(seed: Seed, folder: Path, data: Mapping[str, SiloData], method: Any, fed
     log: list[dict[str, Any]] = []
     began, traffic = time.perf_counter(), (0, 0)
     rounds: dict[str, Any] = {}
+    trained: Mapping[str, Tensor] = {}
     if folder.name == "zero_shot":
         served = method.bare()
     elif method.trainer:
         report = run(experiment, engine, Generations(folder), method, seed.seed)
-        served, log, rounds = report.served, report.log, {"best_round": report.best_round, "rounds": experiment.rounds}
+        served, log, trained = report.served, report.log, report.last.learnt.tensors
+        rounds = {"best_round": report.best_round, "rounds": experiment.rounds}
         traffic = sum(entry["bytes_up"] for entry in log), sum(entry["bytes_down"] for entry in log)
         if federated:
             wire.write_bytes(seed.folder / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes())
@@ -69,7 +73,7 @@ def row(seed: Seed, folder: Path, data: Mapping[str, SiloData], method: Any, fed
     return {
         **found, "bytes_up": traffic[0], "bytes_down": traffic[1], "seconds": seconds,
         "evaluation_bytes_up": up, "evaluation_bytes_down": down, "evaluation_seconds": time.perf_counter() - began,
-        "peak_memory_mb": peak.megabytes(), "trained_parameters": sum(t.numel() for t in served.tensors.values()), **rounds,
+        "peak_memory_mb": peak.megabytes(), "trained_parameters": sum(t.numel() for t in trained.values()), **rounds,
         "rejected": rejected, "samples": _samples(seed, served, ask),
     }  # fmt: skip
 

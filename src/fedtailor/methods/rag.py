@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -22,7 +22,7 @@ from fedtailor.data import Row
 from fedtailor.errors import UserError
 from fedtailor.methods.averaging import Averaging
 from fedtailor.models import Resident
-from fedtailor.retrieval import asking, embedding, judging, learning
+from fedtailor.retrieval import asking, embedding, judging, learner, learning
 from fedtailor.retrieval.answerer import Answering, Asking
 from fedtailor.retrieval.asking import Hits, Tell, Told
 from fedtailor.retrieval.embedding import Embedder
@@ -36,6 +36,8 @@ class State:
     told: Mapping[str, Told]  # by silo
     learnt: Any = None  # averaging.State of the retriever
     answers: Any = None  # what answers in place of [model] alone: another run's, as served
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # of the retriever that silos told of; {}: as it comes
+    fresh: bool = True  # whether what they told is of the retriever as it is now
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -44,7 +46,7 @@ class Served:
     """What is served: with whom to search, and how to answer. Holds counts of hashed words, and no text."""
 
     method: Rag
-    told: Mapping[str, Told]
+    told: Mapping[str, Told]  # none: silos have not embedded by this retriever yet
     tensors: Mapping[str, Tensor]  # of the retriever; {}: as it comes
     answers: Any = None
 
@@ -71,6 +73,7 @@ class Rag(Answering, Method[State]):
     embedder: str = "minilm"  # a packaged encoder, a folder or a hub id; silos' indexes are by it
     trainer: Mapping[str, Any] = field(default_factory=dict)  # trains it over silos: a table as [method] of one that averages
     temperature: Annotated[float, Field(gt=0)] = 0.05  # of its contrastive loss
+    embed_every: Count = 1  # rounds until silos embed their documents anew, and it is validated; after the last one they do
     answers: str = ""  # a finished run's folder, whose model on the same base answers; "": [model] as it is
     answered: Count | None = None  # questions of each silo that are answered in text when a run is judged; None: all
     centroids: Annotated[int, Field(ge=0)] = 16  # of each silo, where route > 0
@@ -106,18 +109,18 @@ class Rag(Answering, Method[State]):
         """Without a trainer: documents may have changed, so silos are asked anew."""
         if self.trainer:
             learnt = learning.round(self.trains, self.embedder, state.learnt, ask, self.temperature)
-            state = replace(state, learnt=learnt, notes=learnt.notes)
+            state = replace(state, learnt=learnt, notes=learnt.notes, fresh=False)
+            if ask.round % self.embed_every and ask.round != ask.rounds:
+                return state
+            state = replace(state, tensors=learnt.tensors, fresh=True)
         return self._told(state, ask)
 
     def serve(self, state: State) -> Served:
-        return Served(self, state.told, self._tensors(state), state.answers)
+        return Served(self, state.told if state.fresh else {}, state.tensors, state.answers)
 
     def pooled(self, silos: int) -> Rag:
         """One index over all documents; its retriever is trained as long as all silos'."""
-        trainer = dict(self.trainer)
-        if trainer:
-            pooled = self.trains.pooled(silos)
-            trainer |= {"local_steps": pooled.local_steps, "optimizer_state": pooled.optimizer_state}
+        trainer = {"name": self.trainer["name"], **asdict(self.trains.pooled(silos))} if self.trainer else {}
         return replace(self, route=0, trainer=trainer)
 
     def untrained(self) -> Rag | None:
@@ -135,7 +138,9 @@ class Rag(Answering, Method[State]):
 
     def judge(self, served: Served, ask: Ask, split: str, write: bool) -> dict[str, Any]:
         """Figures over the questions of who asks, `ask.here`. Without `write` no answer is made in text."""
-        rows = getattr(ask.here.data, split)
+        if served.tensors and not served.told:
+            return {}
+        rows = getattr(ask.here.data, split, ())
         model = served.open(ask.here.models, ask if served.told else None)
         return judging.summary(judging.figures(model, rows, self._few(rows) if write else ()), rows)
 
@@ -151,7 +156,7 @@ class Rag(Answering, Method[State]):
 
     def embedders(self, told: Mapping[str, Told], tensors: Mapping[str, Tensor]) -> dict[str, Embedder]:
         """By SHA-256: those whose vectors silos search. Raises UserError where the asker has other weights."""
-        if self.trainer:
+        if tensors:
             made = asking.trained(self.embedder, self.trainer, tensors)
             return {made.sha256: made}
         found = dict[str, Embedder]()
@@ -170,19 +175,21 @@ class Rag(Answering, Method[State]):
         scores = torch.zeros(n, dtype=torch.float64)
         return Hits(torch.zeros(n, dtype=torch.int64), scores, scores, torch.tensor([n], dtype=torch.int32))
 
-    def _tensors(self, state: State) -> Mapping[str, Tensor]:
-        return state.learnt.tensors if state.learnt is not None else {}
+    def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """A retriever that was trained, as retriever/: for sentence-transformers, and `fedtailor index add --embedder`."""
+        if tensors:
+            learner.export(learner.learner(self.embedder, self.trains), tensors, folder / "retriever")
 
     def _told(self, state: State, ask: Ask) -> State:
         base = embedding.resident(self.embedder)
         body = Tell(
-            self.embedder, base.sha256, self.trainer, self._tensors(state), self.centroids if self.route else 0, self.noise,
-            self.merge == "ranks",
+            self.embedder, base.sha256, self.trainer if state.tensors else {}, state.tensors, self.centroids if self.route else 0,
+            self.noise, self.merge == "ranks",
         )  # fmt: skip
         replies = list(ask(asking.tell, body, to=None, deadline=None))
         told = {reply.silo: reply.body for reply in replies}
         # a silo that does not answer now is not forgotten: what it told before may still hold
-        kept = {silo: one for silo, one in state.told.items() if silo not in told and not self.trainer}
+        kept = {silo: one for silo, one in state.told.items() if silo not in told and not state.tensors}
         return replace(state, told=dict(sorted({**kept, **told}.items())))
 
     def _other(self) -> Any:

@@ -43,7 +43,8 @@ class Answered:
 class Answerer(Protocol):
     """Who answers over silos."""
 
-    silos: tuple[str, ...]
+    @property
+    def silos(self) -> tuple[str, ...]: ...
 
     def ask(self, question: str) -> Iterator[Answered]:
         """The last one is done. Raises FedtailorError with a one-line message; closed before its end, it stops writing."""

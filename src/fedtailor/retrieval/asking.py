@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ class Hits:
         ends = [0, *self.ends.tolist()]
         return [
             [Found((1 - share) * c + share * w, at, place, c, w, silo) for place, (at, c, w) in enumerate(rows[begin:end])]
-            for begin, end in zip(ends, ends[1:], strict=False)
+            for begin, end in pairwise(ends)
         ]
 
 

@@ -131,6 +131,10 @@ class _Embedder(Embedder):
     learner: Learner = field(repr=False, compare=False)
     tensors: Tensors = field(repr=False, compare=False)
 
+    @property
+    def base(self) -> Embedder:
+        return self.learner.base
+
     def _made(self, texts: Sequence[str], how: str) -> Vectors:
         made = partial(super()._made, texts, how)
         if self.tensors:
