@@ -118,6 +118,11 @@ class Rag(Answering, Method[State]):
     def serve(self, state: State) -> Served:
         return Served(self, state.told if state.fresh else {}, state.tensors, state.answers)
 
+    def again(self, served: Served, ask: Ask) -> Served:
+        """What was served before, as the silos tell of their documents now."""
+        state = self._told(State(served.told, answers=served.answers, tensors=served.tensors), ask)
+        return self.serve(state)
+
     def pooled(self, silos: int) -> Rag:
         """One index over all documents; its retriever is trained as long as all silos'."""
         trainer = {"name": self.trainer["name"], **asdict(self.trains.pooled(silos))} if self.trainer else {}

@@ -70,9 +70,9 @@ class Session:
 
 
 def asking(method: Any, engine: Running, base: models.Resident, served: Any = None) -> Session:
-    """Has silos tell of their documents, where `served` does not hold what they told. Raises RunError where none does."""
+    """Has silos tell of their documents first. `served`: what a run served. Raises RunError where no silo tells."""
     turn = Turn(engine, engine.silos)
-    served = served or method.serve(method.begin(turn))
+    served = method.serve(method.begin(turn)) if served is None else method.again(served, turn)
     unheard = {silo: why for _, silo, why in engine.rejected if silo not in served.told}
     return Session(turn, served.open({"base": base}, turn), unheard)
 
