@@ -140,7 +140,7 @@ ONE_EACH = {
     ),
     "a baseline that trains nothing": (
         changed(baseline={"few_shot": {"lr": 0.1}}),
-        "baseline.few_shot.[key]: Input should be 'alone' or 'centralized', not 'few_shot'",
+        "baseline.few_shot.[key]: Input should be 'alone', 'centralized' or 'routed', not 'few_shot'",
     ),
     "an unknown part": (
         changed(enginge={}),

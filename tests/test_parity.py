@@ -30,7 +30,9 @@ from tiny_runs import PUBLIC, kept
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
 SILOS = ("cafe", "clinic", "shop")
-METHODS = [name for name, kind in find.methods().items() if "causal" in getattr(kind, "FOR", ("causal",))]  # tiny is one
+METHODS = [  # tiny is a causal model; those that ask documents are in tests/test_rag_workers.py
+    name for name, kind in find.methods().items() if "causal" in getattr(kind, "FOR", ("causal",)) and not hasattr(kind, "judge")
+]
 
 
 class Federation:
