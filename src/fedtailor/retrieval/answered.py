@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+ROUND = str.maketrans("[]\uff3b\uff3d", "()()")  # square brackets stand around sources alone
+
 
 @dataclass(frozen=True)
 class Source:
@@ -19,10 +21,11 @@ class Source:
 
     @property
     def cited(self) -> str:
-        """How an answer names it: "[silo/document#section]", parts left out where they are empty."""
+        """How an answer names it: "[silo/document#section]", parts left out where they are empty. One pair of brackets on a line,
+        whatever the parts hold: else a document could be called so that it names another silo's, too."""
         document = f"/{self.document}" if self.document else ""
         section = f"#{self.section}" if self.section else ""
-        return f"[{self.silo}{document}{section}]"
+        return f"[{' '.join(f'{self.silo}{document}{section}'.split()).translate(ROUND)}]"
 
 
 @dataclass(frozen=True)
