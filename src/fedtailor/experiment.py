@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from fedtailor import evaluate as scoring
-from fedtailor import find, listed, progress, tables
+from fedtailor import find, listed, progress, tables, trainers
 from fedtailor.core import Ask
 from fedtailor.data import SILO_FIELDS, Data, own_settings
 from fedtailor.errors import UserError, suggest
@@ -225,6 +225,7 @@ def parse(table: Mapping[str, Any], place: str) -> Experiment:
     for part, kind in known.items():
         if part in table or part == "data":
             parts[part] = tables.part(kind, table.get(part, {}), f"{place}: [{part}]", errors)
+    trainers.allow({key: table.get(key) for key in ("method", "silo", "baseline")})
     parts["method"] = _method(table.get("method"), place, errors)
     if "silo" in rest:
         _silos(rest["silo"], parts["data"], parts["method"], place, errors)
