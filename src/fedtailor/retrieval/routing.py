@@ -66,7 +66,7 @@ def promises(asked: Question, silos: Mapping[str, Known]) -> dict[str, float]:
 
 
 def _nearest(asked: Question, means: Floats) -> float:
-    if not len(means):
+    if not len(means) or means.shape[1] != len(asked.vector):  # none told, or by another embedder than the question's
         return 0.0
     norms = np.linalg.norm(means, axis=1).clip(min=1e-9)
     return float((means @ asked.vector.astype(np.float32) / SCALE / norms).max())
