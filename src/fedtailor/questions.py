@@ -19,6 +19,7 @@ from fedtailor.core import Ask
 from fedtailor.data import Row, SiloData
 from fedtailor.experiment import Report, run
 from fedtailor.generations import Generations
+from fedtailor.retrieval.answerer import question_of
 
 if TYPE_CHECKING:
     from fedtailor.seeds import Seed
@@ -89,6 +90,7 @@ def _samples(seed: Seed, served: Any, ask: Ask) -> list[dict[str, str]]:
     model = served.open(ask.here.models, ask if served.told else None)
     told = []
     for silo, one in turns:
-        text = model.answers([one.input])[0] if not served.told else [*model.ask(one.input)][-1].text
-        told.append({"silo": silo, "prompt": one.prompt, "answer": one.answer, "generated": text})
+        asked = question_of(one)
+        text = model.answers([asked])[0] if not served.told else [*model.ask(asked)][-1].text
+        told.append({"silo": silo, "prompt": one.prompt or asked, "answer": one.answer, "generated": text})
     return told

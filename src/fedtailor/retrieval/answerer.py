@@ -111,7 +111,7 @@ class Asking:
 
     def generate(self, rows: Sequence[Row], *, max_new_tokens: int = 0) -> list[str]:
         """As any model that answers: each row's prompt is a question."""
-        questions = [row.input or row.messages[-1]["content"] for row in rows]
+        questions = [question_of(row) for row in rows]
         if self.asks is None:
             return self.answers(questions)
         results, sources = self.retrieved(questions)
@@ -136,6 +136,11 @@ class Asking:
             told = str(error).splitlines()[0]
             why = f"neither 'likelihood' nor a cross-encoder that can be loaded ({told})"
             raise UserError(f"[method] rerank = {self.how.rerank!r}: {why}") from error
+
+
+def question_of(row: Row) -> str:
+    """Of a chat, the last turn."""
+    return row.messages[-1]["content"] if row.messages else row.input
 
 
 def checked(question: str) -> str:

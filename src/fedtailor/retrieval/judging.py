@@ -17,7 +17,7 @@ from fedtailor.baselines import POOLED
 from fedtailor.data import Row
 from fedtailor.evaluate import over_silos, rouge_l
 from fedtailor.retrieval.answered import Source
-from fedtailor.retrieval.answerer import Asking
+from fedtailor.retrieval.answerer import Asking, question_of
 
 METRICS = ("recall_at_5", "mrr", "token_f1", "rouge_l", "silos_asked")
 DEEP = 10
@@ -41,7 +41,7 @@ def figures(model: Asking, rows: Sequence[Row], answered: Sequence[Row] = ()) ->
     """By row id. `rows`: their ids are silo/document of the right one. `answered`: those that are answered in text, too."""
     told: dict[str, dict[str, float]] = {row.id: {} for row in rows}
     if model.asks is not None and rows:
-        results = model.finder.find([row.input for row in rows])
+        results = model.finder.find([question_of(row) for row in rows])
         names = model.finder.sources(results, DEEP, texts=False)
         for row, result, some in zip(rows, results, names, strict=True):
             ranks = [rank for rank, one in enumerate(some, 1) if document(one) == row.id]
