@@ -108,7 +108,7 @@ def test_the_mean_of_what_silos_learnt_by_rows(made: str, kind: str) -> None:
     "trainer",
     [
         Lora(rank=2, aggregate="median", gap=False, **SMALL), Lora(rank=2, combine="exact", **SMALL),
-        Lora(rank=2, scaffold=True, **SMALL), Full(server_optimizer="adam", **SMALL),
+        Lora(rank=2, scaffold=True, **SMALL), Lora(rank=2, dropout=0.2, **SMALL), Full(server_optimizer="adam", **SMALL),
     ],
 )  # fmt: skip
 def test_whatever_the_trainer_does_with_changes(made: str, trainer: Averaging) -> None:
