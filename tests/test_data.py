@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtailor.data import Data, Loaded, Row, load
 from fedtailor.errors import UserError
+from fedtailor.retrieval.policy import Policy
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -323,6 +324,53 @@ def test_public_rows_of_a_file_of_their_own(tmp_path: Path) -> None:
     assert "[data] public 'nowhere.jsonl'" in problem(settings_for(source, public="nowhere.jsonl"))
     lacking = write(tmp_path / "lacking.jsonl", [{"txt": "all say"}])
     assert "[data] public template: lacking.jsonl has no column 'text'" in problem(settings_for(source, public=lacking))
+
+
+def test_of_the_silos_that_a_column_names_only_some(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", split_rows("abc"))
+    every, some = load(settings_for(source), {}, 0), load(settings_for(source, only=("c", "a")), {"b": {"max_train": 1}}, 0)
+    assert some.silos == {name: every.silos[name] for name in "ac"}
+    assert list(some.silos) == ["a", "c"]
+    assert some.sha256 != every.sha256
+    assert problem(settings_for(source, only=("a", "d"))) == "[data] only: the data has no silo 'd' (choices: a, b, c)"
+    apart = write(tmp_path / "apart.jsonl", [{**row, "mood": f"{row['mood']} {row['silo']}"} for row in split_rows("ab")])
+    assert load(settings_for(apart, only=("a",)), {}, 0).silos["a"].labels == ("bad a", "good a"), "no words of who is left out"
+
+
+PASSAGES = [{"silo": silo, "document": f"{silo}.md", "text": f"{silo} tells {n}"} for silo in "abc" for n in range(2)]
+
+
+def test_a_table_of_passages_gives_each_silo_its_documents_and_policy(tmp_path: Path) -> None:
+    source, corpus = write(tmp_path / "rows.jsonl", split_rows("ab")), write(tmp_path / "passages.jsonl", PASSAGES)
+    data = settings_for(source, corpus=corpus, documents=Policy(words=9))
+    loaded = load(data, {"b": {"documents": {"share": "snippets", "words": 5}, "rank": 2}}, 0)
+    found = {name: silo.corpus for name, silo in loaded.silos.items()}
+    assert {name: [one.name for one in each.documents] for name, each in found.items() if each} == {"a": ["a.md"], "b": ["b.md"]}
+    assert [each.policy for each in found.values() if each] == [Policy(words=9), Policy(share="snippets", words=5)]
+    assert loaded.silos["b"].settings == {"rank": 2}
+    without = load(settings_for(source), {}, 0)
+    assert {silo.corpus for silo in without.silos.values()} == {None}
+    assert [silo.train for silo in without.silos.values()] == [silo.train for silo in loaded.silos.values()]
+    other = write(tmp_path / "other.jsonl", [*PASSAGES[1:], {**PASSAGES[0], "text": "a tells more"}])
+    more = write(tmp_path / "more.jsonl", [*PASSAGES, {**PASSAGES[-1], "document": "d.md"}])  # of a silo that is not asked
+    sha = [load(settings_for(source, corpus=one), {}, 0).sha256 for one in (corpus, other, more)]
+    assert len({without.sha256, *sha}) == 3
+    assert sha[0] == sha[2] == loaded.sha256, "a policy is no document"
+
+
+def test_documents_that_cannot_be(tmp_path: Path) -> None:
+    source, corpus = write(tmp_path / "rows.jsonl", split_rows("ad")), write(tmp_path / "passages.jsonl", PASSAGES)
+    assert problem(settings_for(source, corpus=corpus)).startswith("[data] corpus: passages.jsonl has no passage of silo 'd'")
+    assert load(settings_for(source, corpus=corpus, only=("a",)), {}, 0).silos["a"].corpus is not None
+    told = problem(settings_for(source, corpus=corpus, only=("a",)), {"a": {"documents": {"share": "all"}}})
+    assert told.startswith("[silo.a] documents share: Input should be 'full', 'shareable', 'redacted', 'snippets' or 'answers'")
+    told = problem(settings_for(source, corpus=corpus), {"a": {"corpus": corpus}})
+    assert told.startswith("[silo.a] corpus: holds for all silos, so set it in [data]")
+    assert "d.index: no index there" in problem(settings_for(source, corpus=f"{tmp_path}/{{silo}}.index", only=("d",)))
+    dealt = settings_for(source, silo_column="", partition="iid", silos=2, corpus=corpus)
+    assert problem(dealt) == (
+        "[data] corpus: whose each passage of passages.jsonl is says silo_column; set it, in place of a partition"
+    )
 
 
 def test_public_rows_are_named_or_held_out(tmp_path: Path) -> None:

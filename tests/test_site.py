@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtailor.data import Data
+from fedtailor.data import Data, SiloData
 from fedtailor.engines.site import Site, read
 from fedtailor.errors import UserError
 from fedtailor.limits import Limits, of
 from fedtailor.models import Base
+from fedtailor.retrieval.policy import Policy
+from libraries import indexes
 
 ASKED = Data(source="rows.jsonl", template="{text}:", label="mood", labels=("bad", "good"), silo_column="silo")
 
@@ -125,3 +128,80 @@ def test_limits_that_cannot_be(tmp_path: Path, line: str, why: str) -> None:
     (tmp_path / "silo.toml").write_text(f'name = "north"\n[limits]\n{line}\n')
     with pytest.raises(UserError, match=why):
         read(tmp_path / "silo.toml")
+
+
+# documents
+
+
+@pytest.fixture
+def index(tmp_path: Path, embedder: str) -> Path:
+    return indexes(tmp_path / "made", embedder)["north"]
+
+
+def site_of(tmp_path: Path, index: Path, more: str = "") -> Site:
+    index.rename(tmp_path / "north.index")
+    (tmp_path / "silo.toml").write_text(
+        f'name = "north"\n{more}\n[documents]\nindex = "north.index"\nshare = "snippets"\nwords = 40\nwords_per_day = 900\n'
+    )
+    return read(tmp_path / "silo.toml")
+
+
+def test_its_documents_lie_beside_its_file_and_its_own_policy_holds(tmp_path: Path, index: Path) -> None:
+    """Whatever the experiment says of it: for all silos, or for this one."""
+    site = site_of(tmp_path, index, "[limits]\nminimum = 3")
+    policy = Policy(index=str(tmp_path / "north.index"), share="snippets", words=40, words_per_day=900)
+    assert site.documents == policy
+    asked = replace(ASKED, corpus="/etc/{silo}.index", documents=Policy(share="full"))
+    found = site.rows(asked, {"documents": {"share": "full"}}, 0)
+    assert found == SiloData((), (), (), limits=Limits(minimum=3), corpus=found.corpus), "it is asked about documents alone"
+    assert found.corpus is not None
+    assert (found.corpus.silo, found.corpus.policy, found.corpus.path) == ("north", policy, tmp_path / "north.index")
+    assert len(found.corpus.index().documents()) == 2
+
+
+def test_rows_of_its_own_come_with_its_documents(tmp_path: Path, index: Path) -> None:
+    write(tmp_path / "mine.jsonl", [{"text": f"n {i}", "mood": ("bad", "good")[i % 2]} for i in range(30)])
+    site = site_of(tmp_path, index, '[data]\nsource = "mine.jsonl"')
+    found = site.rows(ASKED, {"documents": {"share": "full"}, "rank": 2}, 0)
+    assert len(found.train) > 15
+    assert found.settings == {"rank": 2}
+    assert found.corpus is not None
+    assert found.corpus.policy == site.documents
+
+
+def test_no_server_names_what_is_searched(tmp_path: Path) -> None:
+    passages = write(tmp_path / "p.jsonl", [{"silo": "north", "document": "d", "text": "A cat."}])
+    asked = Data(**{**shared(tmp_path).__dict__, "corpus": passages, "documents": Policy(share="full")})
+    mine = Site("north", data={"source": asked.source, "silo_column": "silo"})
+    assert mine.rows(asked, {}, 0).corpus is None
+    tried = Site("north", server_names_data=True, documents=Policy(share="snippets")).rows(asked, {}, 0)  # all on one machine
+    assert tried.corpus is not None
+    assert ([one.name for one in tried.corpus.documents], tried.corpus.policy) == (["d"], Policy(share="snippets"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ("[documents]\nshre = 'full'", r"\[documents\] has no setting 'shre'; did you mean 'share'\?"),
+        ("[documents]\nshare = 'all'", "documents.share: Input should be 'full', 'shareable', "),
+        ("[documents]\nwords = 0", "documents.words: Input should be greater than or equal to 1"),
+        ("[documents]\nrecognizer = 'a:b'", "documents: recognizer is set, yet nothing is redacted"),
+        ("[documents]\nindex = 3", "documents.index: Input should be a valid string"),
+        ("[data]\ndocuments = {share = 'full'}", r"\[data\] has no setting 'documents'"),
+        ("documents = 'north.index'", r"documents must be a table, \[documents\], not 'north.index'"),
+        ("data = 'rows.jsonl'", r"data must be a table, \[data\], not 'rows.jsonl'"),
+        ("limits = 5", r"limits must be a table, \[limits\], not 5"),
+    ],
+)
+def test_documents_that_cannot_be(tmp_path: Path, lines: str, why: str) -> None:
+    (tmp_path / "silo.toml").write_text(f'name = "north"\n{lines}\n')
+    with pytest.raises(UserError, match=why) as error:
+        read(tmp_path / "silo.toml")
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_that_is_not_there_is_told_before_it_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "silo.toml").write_text('name = "north"\n[documents]\nindex = "no.index"\n')
+    site = read(tmp_path / "silo.toml")
+    with pytest.raises(UserError, match=rf"{tmp_path}/no\.index: no index there; make one with `fedtailor index add"):
+        site.rows(ASKED, {}, 0)

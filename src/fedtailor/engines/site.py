@@ -104,7 +104,10 @@ def read(path: Path, source: str | None = None) -> Site:
     kinds = (("limits", Limits), ("documents", Policy))
     for part, keys in (("data", OWN), *((part, frozenset(f.name for f in fields(kind))) for part, kind in kinds)):
         given = table.get(part)
-        unknown = [key for key in given if key not in keys] if isinstance(given, dict) else []
+        if given is not None and not isinstance(given, dict):
+            errors.append(f"{path}: {part} must be a table, [{part}], not {given!r}")
+            continue
+        unknown = [key for key in given or () if key not in keys]
         errors += [f"{path}: [{part}] has no setting {key!r}{suggest(key, keys)}" for key in unknown]
     if errors:
         raise UserError("\n".join(errors))

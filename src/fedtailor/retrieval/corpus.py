@@ -144,6 +144,6 @@ class Corpus:
         for silo, part in self.parts.items():
             other = part.index(embedder)
             if other.about("embedder_sha256") != index.about("embedder_sha256"):
-                raise SiloError(f"silo {silo!r}: its index is by another embedder; one index cannot hold both")
+                raise SiloError(f"silo {silo!r}: {part._unlike(embedder.name, embedder.base_sha256)}")
             for name, (sha256, _) in other.documents().items():
                 index.put(f"{silo}/{name}", sha256, *other.document(name), "")
