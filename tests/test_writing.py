@@ -73,9 +73,10 @@ def passages(asked: Row) -> int:
 
 def test_sources_that_have_no_room_are_dropped_from_the_end(chat: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
     three = [CATS, BIRDS, CATS]
+    lead = len(chat.tokenizer(writing.LEAD, add_special_tokens=False).input_ids)  # what answers begin with takes its room, too
     lengths = [len(tokens(chat, row(chat, "Who sat?", three[:count], 8))) for count in range(4)]
     for count, length in enumerate(lengths):
-        monkeypatch.setattr(chat.module.config, "max_position_embeddings", length + 8)
+        monkeypatch.setattr(chat.module.config, "max_position_embeddings", length + 8 + lead)
         assert row(chat, "Who sat?", three, 8) == row(chat, "Who sat?", three[:count], 8)
         assert passages(row(chat, "Who sat?", three, 8)) == count
         assert passages(row(chat, "Who sat?", three, 9)) == max(count - 1, 0)
@@ -110,7 +111,7 @@ def test_what_is_looked_at_of_a_passage_ends(chat: Resident, monkeypatch: pytest
 def test_an_answer_is_written_piece_by_piece(chat: Resident) -> None:
     """As all of it at once, but for half a letter at its end; by the base as it stands, or by a model on it."""
     sources = [CATS, BIRDS]
-    whole = fresh(chat).generate([row(chat, "Who sat?", sources, 12)], max_new_tokens=12)[0]
+    whole = fresh(chat).generate([row(chat, "Who sat?", sources, 12)], max_new_tokens=12, begin=writing.LEAD)[0]
     pieces = list(written(chat, "Who sat?", sources, 12))
     assert len(pieces) > 1
     assert answer(chat, "Who sat?", sources, 12) == "".join(pieces).strip()
@@ -119,7 +120,7 @@ def test_an_answer_is_written_piece_by_piece(chat: Resident) -> None:
     prefix = Prefix(virtual_tokens=3)
     tuned = prefix.put_on(chat, 0)
     learnt = Answers(chat, tuned, prefix.initial(chat, tuned, 7))
-    told = learnt.generate([row(chat, "Who sat?", sources, 12, 3)], max_new_tokens=12)[0]
+    told = learnt.generate([row(chat, "Who sat?", sources, 12, 3)], max_new_tokens=12, begin=writing.LEAD)[0]
     assert "".join(written(chat, "Who sat?", sources, 12, learnt)).strip() == told.rstrip("\ufffd")
     assert told != whole
 

@@ -231,9 +231,11 @@ class Answers:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        begin: str = "",
     ) -> list[str]:
-        """Text until the end token or `max_new_tokens`; greedy at temperature 0."""
-        items = [Encoded(i.prompt, []) for i in self._encoded(self._told(rows), [""] * len(rows))]
+        """Text until the end token or `max_new_tokens`; greedy at temperature 0. `begin`: what all answers begin with, and is not
+        returned; an encoder-decoder goes without."""
+        items = self._asked(rows, begin)
         draw = torch.Generator().manual_seed(seed)
         texts_: dict[int, str] = {}
         for chosen in _by_length(items, "writing", max_new_tokens, 4):  # one token a row and step: more rows at once
@@ -245,9 +247,11 @@ class Answers:
                 texts_[i] = text.split(self.until)[0].strip() if self.until else text
         return [texts_[i] for i in range(len(items))]
 
-    def stream(self, row: Row, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
+    def stream(
+        self, row: Row, *, max_new_tokens: int, temperature: float, top_p: float, seed: int, begin: str = ""
+    ) -> Iterator[str]:
         """One answer, piece by piece as it is made: what `fedtailor chat` prints."""
-        item = Encoded(self._encoded(self._told([row]), [""])[0].prompt, [])
+        (item,) = self._asked([row], begin)
         draw, told, tokens = torch.Generator().manual_seed(seed), "", []
         with torch.no_grad():
             for step in self._steps(self._batch([item]), max_new_tokens, temperature, top_p, draw):
@@ -271,6 +275,11 @@ class Answers:
 
     def _encoded(self, rows: Sequence[Row], answers: Sequence[str] | None, *, stop: bool = False) -> list[Encoded]:
         return encode(self.resident, rows, answers, stop=stop, taken=self.tuned.shift)
+
+    def _asked(self, rows: Sequence[Row], begin: str) -> list[Encoded]:
+        told = self._encoded(self._told(rows), [""] * len(rows))
+        more = self.resident.tokenizer(begin, add_special_tokens=False).input_ids if begin else []
+        return [Encoded(item.prompt + more * (self.resident.kind != "seq2seq"), []) for item in told]
 
     def _class_scores(self, rows: Sequence[Row], choices: Sequence[str]) -> Tensor:
         asked = [replace(row, answer=choices[0]) for row in rows]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -20,10 +20,12 @@ from fedtailor.retrieval.answered import Answered, Source
 from fedtailor.retrieval.asking import Told
 from fedtailor.retrieval.embedding import Embedder
 from fedtailor.retrieval.finding import Count, Finder, Result, Ways
+from fedtailor.retrieval.policy import snippet
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
+QUOTED = 120  # words
 WORDS = 0.3  # BM25's share from which a passage is about a question, whatever the cosine: with all words, once each, it has 0.45
 
 
@@ -31,6 +33,7 @@ WORDS = 0.3  # BM25's share from which a passage is about a question, whatever t
 class Answering(Ways):
     """How an answer is made of what was found."""
 
+    write: Literal["model", "quote"] = "model"  # "quote": the best passage as it stands, which a small model does not spoil
     max_new_tokens: Count = 96
     floor: Annotated[float, Field(ge=0, le=1)] = 0.3  # cosine below which a passage answers nothing, unless it has the words
     rerank: str = ""  # "likelihood" (of the question, by [model]), or a cross-encoder of sentence-transformers; "": as found
@@ -73,11 +76,17 @@ class Asking:
             yield replace(now, text=writing.NOTHING, done=True)
             return
         began, text = time.perf_counter(), ""
+        if self.how.write == "quote":
+            text = self._quote(result, now.sources)
+            yield replace(now, text=f"{text} {now.sources[0].cited}", done=True)
+            return
         for piece in writing.written(self.resident, question, now.sources, self.how.max_new_tokens, self.model):
             text += piece
-            yield replace(now, text=writing.cited(text, now.sources, done=False))
+            if writing.ENDED in text:
+                break
+            yield replace(now, text=writing.cited(writing.quoted(text), now.sources, done=False))
         seconds = {**now.seconds, "writing": time.perf_counter() - began}
-        yield replace(now, text=writing.cited(text, now.sources), done=True, seconds=seconds)
+        yield replace(now, text=writing.cited(writing.quoted(text), now.sources), done=True, seconds=seconds)
 
     def retrieved(self, questions: Sequence[str]) -> tuple[list[Result], list[list[Source]]]:
         """Of each question what was found, and the passages that an answer is made of."""
@@ -100,14 +109,18 @@ class Asking:
         sources: list[Sequence[Source]] = [()] * len(questions)
         if found:
             sources = [[*some, *self.said(result, text)] for text, (result, some) in zip(questions, found, strict=True)]
+        if found and self.how.write == "quote":
+            return [self._quote(result, some) for (result, _), some in zip(found, sources, strict=True)]
+        most = self.how.max_new_tokens
         rows = [
-            writing.row(self.resident, question, some, self.how.max_new_tokens, model.tuned.shift)
+            writing.row(self.resident, question, some, most, model.tuned.shift)
             for question, some in zip(questions, sources, strict=True)
         ]
-        texts = model.generate(rows, max_new_tokens=self.how.max_new_tokens)
         if not found:
-            return texts
-        return [text if some else writing.NOTHING for text, some in zip(texts, sources, strict=True)]
+            return model.generate(rows, max_new_tokens=most)
+        asked = [row for row, some in zip(rows, sources, strict=True) if some]
+        texts = iter(model.generate(asked, max_new_tokens=most, begin=writing.LEAD))
+        return [writing.quoted(next(texts)) if some else writing.NOTHING for some in sources]
 
     def generate(self, rows: Sequence[Row], *, max_new_tokens: int = 0) -> list[str]:
         """As any model that answers: each row's prompt is a question."""
@@ -116,6 +129,10 @@ class Asking:
             return self.answers(questions)
         results, sources = self.retrieved(questions)
         return self.answers(questions, list(zip(results, sources, strict=True)))
+
+    def _quote(self, result: Result, sources: Sequence[Source]) -> str:
+        """Of the best passage as much as `QUOTED` words, where the question's are."""
+        return snippet(sources[0].text, result.asked.weights, QUOTED) if sources else writing.NOTHING
 
     def _ranked(self, question: str, sources: Sequence[Source]) -> list[Source]:
         if self.how.rerank == "likelihood":
