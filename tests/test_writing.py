@@ -119,7 +119,7 @@ def test_an_answer_is_written_piece_by_piece(chat: Resident) -> None:
 
     prefix = Prefix(virtual_tokens=3)
     tuned = prefix.put_on(chat, 0)
-    learnt = Answers(chat, tuned, prefix.initial(chat, tuned, 7))
+    learnt = Answers(chat, tuned, {n: 30 * t for n, t in prefix.initial(chat, tuned, 7).items()})
     told = learnt.generate([row(chat, "Who sat?", sources, 12, 3)], max_new_tokens=12, begin=writing.LEAD)[0]
     assert "".join(written(chat, "Who sat?", sources, 12, learnt)).strip() == told.rstrip("\ufffd")
     assert told != whole

@@ -189,7 +189,7 @@ class Rag(Answering, Method[State]):
         base = embedding.resident(self.embedder)
         body = Tell(
             self.embedder, base.sha256, self.trainer if state.tensors else {}, state.tensors, self.centroids if self.route else 0,
-            self.noise, self.merge == "ranks",
+            self.noise, self.merge == "ranks", self.search == "approximate",
         )  # fmt: skip
         replies = list(ask(asking.tell, body, to=None, deadline=None))
         told = {reply.silo: reply.body for reply in replies}

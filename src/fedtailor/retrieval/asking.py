@@ -51,6 +51,7 @@ class Tell:
     centroids: int = 0  # 0: no routing
     noise: float = 0.0
     any_embedder: bool = False  # each silo may have one of its own: ranks are fused, not scores
+    approximate: bool = False  # searches will be: what they need is made now, as no question waits
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Search:
     mean_words: float
     words_share: float
     most: int  # by angle, and as many by words
+    approximate: bool = False  # those by angle
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ def tell(silo: Silo, body: Tell) -> Told:
     with searcher.index.snapshot():
         known = scoring.statistics(searcher.index, None if mine.policy.statistics else (), mine.tagged)
         vectors = searcher.table().vectors
+        if body.approximate:
+            searcher.graph()
     terms = sorted(known.having)
     centroids = routing.centroids(vectors, body.centroids, body.noise, silo.seed)
     having = torch.tensor([known.having[term] for term in terms], dtype=torch.int32)
@@ -222,7 +226,7 @@ def search(silo: Silo, body: Search) -> Hits:
     found = list[list[Found]]()
     for i, vector in enumerate(body.vectors.numpy()):
         asked = Question(vector, body.words.of(i), body.mean_words, body.words_share)
-        found.append(sorted(searcher.search(asked, min(body.most, MOST)), key=lambda one: one.place))
+        found.append(sorted(searcher.search(asked, min(body.most, MOST), body.approximate), key=lambda one: one.place))
     every = [one for some in found for one in some]
     return Hits(
         torch.tensor([one.at for one in every], dtype=torch.int64),

@@ -34,6 +34,7 @@ class Ways:
     passages: Count = 5  # that an answer is made from
     candidates: Count = 20  # of a silo, by angle, and as many by words
     words_share: Share = 0.3  # of BM25 in the score
+    search: Literal["exact", "approximate"] = "exact"  # "approximate": a silo of many passages looks at few of them by angle
     merge: Literal["scores", "ranks"] = "scores"  # "ranks": reciprocal rank fusion, where silos embed by models of their own
     route: Annotated[int, Field(ge=0)] = 0  # silos asked at most; 0: all
     margin: Annotated[float, Field(ge=0)] = 0.35  # of `routing.promises`: a silo so far below the best is not asked
@@ -164,7 +165,7 @@ class Finder:
         words = asking.words([one.weights for one in asked])
         how, share = self.how, self.how.words_share
         sha256, mean = self.told[silos[0]].sha256, asked[0].mean_words
-        body = Search(how.asker, sha256, vectors, words, mean, share, how.candidates)
+        body = Search(how.asker, sha256, vectors, words, mean, share, how.candidates, how.search == "approximate")
         try:
             for reply in self._asked(asking.search, body, silos):
                 yield reply.silo, reply.body.found(reply.silo, share)

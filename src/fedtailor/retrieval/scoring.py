@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from fedtailor.retrieval import nearest
+from fedtailor.retrieval.nearest import Graph
 from fedtailor.retrieval.store import SCALE, Store, Vectors
 from fedtailor.retrieval.terms import K1, B, idf, terms
 
@@ -123,17 +125,33 @@ class Searcher:
     def __init__(self, index: Store, silo: str = "", embedder: str = "", shareable: bool = False) -> None:
         self.index, self.silo, self.embedder, self.shareable = index, silo, embedder, shareable
         self.held: Table | None = None
+        self.near: tuple[str, Graph] | None = None  # of which version
 
-    def search(self, asked: Question, most: int) -> list[Found]:
-        """As `searched`."""
+    def search(self, asked: Question, most: int, approximate: bool = False) -> list[Found]:
+        """As `searched`. approximate: most of the best by angle, not surely all, as `graph` finds them; what is found is scored
+        as ever."""
         with self.index.snapshot():
-            return _searched(self.index, self.table(), asked, most, self.silo)
+            return _searched(self.index, self.table(), asked, most, self.silo, self.graph() if approximate else None)
 
     def table(self) -> Table:
         """In a snapshot that the caller took."""
         if self.held is None or self.held.version != self.index.about("version"):
             self.held = _table(self.index, self.embedder, self.shareable)
         return self.held
+
+    def graph(self) -> Graph | None:
+        """Of the table's vectors, in a snapshot that the caller took. None where they are so few that comparing all is as good.
+        Raises SiloError where FAISS is missing."""
+        held = self.table()
+        if len(held.ids) < nearest.LEAST:
+            self.near = None
+            return None
+        if self.near is None or self.near[0] != held.version:
+            graph = self.near[1] if self.near else Graph(held.vectors.shape[1])
+            self.near = None  # should it be broken off
+            graph.follow(held.ids, held.vectors)
+            self.near = held.version, graph
+        return self.near[1]
 
 
 def searched(index: Store, asked: Question, most: int, silo: str = "") -> list[Found]:
@@ -154,15 +172,16 @@ def _table(index: Store, embedder: str = "", shareable: bool = False) -> Table:
     return Table(index.about("version"), ids, ids.argsort(), np.array([row[1] for row in rows], np.float64), vectors)
 
 
-def _searched(index: Store, held: Table, asked: Question, most: int, silo: str) -> list[Found]:
+def _searched(index: Store, held: Table, asked: Question, most: int, silo: str, graph: Graph | None = None) -> list[Found]:
     if not len(held.ids):
         return []
-    cosine, words = _cosines(held.vectors, asked.vector), _words(index, held, asked)
+    words = _words(index, held, asked)
+    near, alike = _near(held.vectors, asked.vector, most, graph), (i for i in _best(words, most) if words[i])
+    chosen = np.array(sorted({*near, *alike}), np.int64)
+    cosine, words = _cosines(held.vectors[chosen], asked.vector), words[chosen]
     score = (1 - asked.words_share) * cosine + asked.words_share * words
-    chosen = sorted({*_best(cosine, most), *(i for i in _best(words, most) if words[i])})
-    found = [
-        Found(float(score[i]), int(held.ids[i]), place, float(cosine[i]), float(words[i]), silo) for place, i in enumerate(chosen)
-    ]
+    rows = zip(score.tolist(), held.ids[chosen].tolist(), cosine.tolist(), words.tolist(), strict=True)
+    found = [Found(s, at, place, c, w, silo) for place, (s, at, c, w) in enumerate(rows)]
     return sorted(found, key=lambda one: one.order)
 
 
@@ -188,11 +207,18 @@ def fused(lists: Sequence[Sequence[Found]], most: int) -> list[Found]:
     return sorted(every, key=lambda one: one.order)[:most]
 
 
+def _near(vectors: Vectors, asked: Vectors, most: int, graph: Graph | None) -> list[int]:
+    if graph is None:
+        return _best(_cosines(vectors, asked), most)
+    some = graph.nearest(asked, most)
+    return [int(some[i]) for i in _best(_cosines(vectors[some], asked), most)]
+
+
 def _cosines(vectors: Vectors, asked: Vectors) -> Numbers:
     """Products of 16 bits and their sums are whole numbers below 2^53: exact in any order, so the same in any index."""
     other = asked.astype(np.float64)
     blocks = [vectors[i : i + BLOCK].astype(np.float64) @ other for i in range(0, len(vectors), BLOCK)]
-    whole: Numbers = np.concatenate(blocks) / SCALE**2
+    whole: Numbers = np.concatenate([np.zeros(0), *blocks]) / SCALE**2
     return whole
 
 
