@@ -46,6 +46,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedtai
 pytestmark = pytest.mark.engines
 
 from fedtailor.engines.flower import COMMANDS, Flower, _flwr, serve_server  # noqa: E402
+from libraries import asked_there_and_here, same
 from tiny_runs import PUBLIC  # noqa: E402
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -128,7 +129,8 @@ def test_the_same_tensors_as_in_one_process(flower: Flower) -> None:
 
 def test_the_same_tensors_whatever_the_method(flower: Flower) -> None:
     """One round of each method, all in one run: Flower takes seconds for each exchange."""
-    methods = [name for name, kind in find.methods().items() if "causal" in getattr(kind, "FOR", ("causal",))]
+    kinds = {name: kind for name, kind in find.methods().items() if not hasattr(kind, "judge")}  # these ask, and do not train
+    methods = [name for name, kind in kinds.items() if "causal" in getattr(kind, "FOR", ("causal",))]
     spec = asked("prefix")
     silos, base = rows.load(spec.data, spec.silo, 0).silos, models.load(spec.model)
     local = InProcess(silos, {"base": base}, rounds=len(methods), public=PUBLIC)
@@ -145,6 +147,10 @@ def test_the_same_tensors_whatever_the_method(flower: Flower) -> None:
         assert states[0] == states[1], name
     assert remote.rejected == []
     assert {silo: one.loads for silo, one in remote.opened.items()} == dict.fromkeys(SILOS, 1), "base models loaded"
+
+
+def test_the_same_answer_from_the_same_passages(flower: Flower, embedder: str, tmp_path: Path) -> None:
+    same(*asked_there_and_here(flower, tmp_path, embedder, deadline=300.0))
 
 
 def test_who_is_connected_is_told_and_a_kit_that_works_has_nothing_to_mend(
