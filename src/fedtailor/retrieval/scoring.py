@@ -176,7 +176,7 @@ def _searched(index: Store, held: Table, asked: Question, most: int, silo: str, 
     if not len(held.ids):
         return []
     words = _words(index, held, asked)
-    near, alike = _near(held.vectors, asked.vector, most, graph), (i for i in _best(words, most) if words[i])
+    near, alike = _near(held.vectors, asked.vector, most, graph), [i for i in _best(words, most) if words[i]]
     chosen = np.array(sorted({*near, *alike}), np.int64)
     cosine, words = _cosines(held.vectors[chosen], asked.vector), words[chosen]
     score = (1 - asked.words_share) * cosine + asked.words_share * words
