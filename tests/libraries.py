@@ -88,6 +88,6 @@ def tables(asked: Data, silos: Collection[str]) -> dict[str, Corpus]:
     return of_data.read(asked.corpus, asked.silo_column, silos, dict.fromkeys(silos, asked.documents))
 
 
-def same(there: Answered, here: Answered) -> None:
+def same_answer(there: Answered, here: Answered) -> None:
     assert there.sources[0].cited == "[clinic/a.md]"
     assert (there.text, there.sources, there.asked, there.missing) == (here.text, here.sources, here.asked, here.missing)

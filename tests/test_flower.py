@@ -46,7 +46,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'fedtai
 pytestmark = pytest.mark.engines
 
 from fedtailor.engines.flower import COMMANDS, Flower, _flwr, serve_server  # noqa: E402
-from libraries import asked_there_and_here, same
+from libraries import asked_there_and_here, same_answer  # noqa: E402
 from tiny_runs import PUBLIC  # noqa: E402
 
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -150,7 +150,7 @@ def test_the_same_tensors_whatever_the_method(flower: Flower) -> None:
 
 
 def test_the_same_answer_from_the_same_passages(flower: Flower, embedder: str, tmp_path: Path) -> None:
-    same(*asked_there_and_here(flower, tmp_path, embedder, deadline=300.0))
+    same_answer(*asked_there_and_here(flower, tmp_path, embedder, deadline=300.0))
 
 
 def test_who_is_connected_is_told_and_a_kit_that_works_has_nothing_to_mend(

@@ -31,7 +31,7 @@ from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.errors import UserError
 from flares import SILOS, Federation, all_answer, hello, listening, worker_at
-from libraries import asked_there_and_here, same
+from libraries import asked_there_and_here, same_answer
 from tiny_runs import PUBLIC, kept
 
 pytest.importorskip("nvflare", reason="NVFlare is not installed: pip install 'fedtailor[nvflare]'")
@@ -114,7 +114,7 @@ def test_the_same_tensors_whatever_the_method(flare: NVFlare, method: str) -> No
 
 
 def test_the_same_answer_from_the_same_passages(flare: NVFlare, embedder: str, tmp_path: Path) -> None:
-    same(*asked_there_and_here(flare, tmp_path, embedder, deadline=120.0))
+    same_answer(*asked_there_and_here(flare, tmp_path, embedder, deadline=120.0))
 
 
 def test_who_is_connected_is_told_and_a_kit_that_works_has_nothing_to_mend(
