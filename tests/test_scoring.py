@@ -205,5 +205,8 @@ def test_vectors_of_another_embedder(tmp_path: Path) -> None:
     one.put("c.md", "s", [Passage("", "bird")], np.array([[0, 0, SCALE]], np.int16), "now")
     assert [passage.text for _, passage in one.lacking("trained")] == ["bird"]
     assert [named(one, hit)[0] for hit in Searcher(one, embedder="trained").search(at, 5)] == ["b.md"]
-    one.forget("another")
+    one.keep("trained", others=1)
+    one.keep("second", others=1)
+    assert len(one.lacking("trained")) == 1, "the last one is kept, too"
+    one.keep("third", others=1)
     assert len(one.lacking("trained")) == 2

@@ -68,7 +68,8 @@ class Corpus:
         if embedder.base_sha256 != index.about("embedder_sha256"):
             raise SiloError(self._unlike(embedder.name, embedder.base_sha256))
         if lacking := index.lacking(embedder.sha256):
-            index.forget(embedder.sha256)
+            index.keep(embedder.sha256)
+            self.held = dict(list(self.held.items())[-1:])  # each holds a copy of all vectors
             with progress.bar("embedding anew", -(-len(lacking) // AT_ONCE)) as advance:
                 for begin in range(0, len(lacking), AT_ONCE):
                     some = lacking[begin : begin + AT_ONCE]

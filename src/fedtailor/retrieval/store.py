@@ -124,10 +124,14 @@ class Store:
             pairs = zip(passages, vectors, strict=True)
             self.db.executemany(put, ((embedder_sha256, vector.tobytes(), at) for at, vector in pairs))
 
-    def forget(self, but: str) -> None:
-        """Vectors by other embedders than the index's own and this one."""
+    def keep(self, embedder_sha256: str, others: int = 4) -> None:
+        """This embedder's vectors, and those by so many others that were kept last; a run beside may be at work with one."""
         with self._changing():
-            self.db.execute("delete from others where embedder != ?", (but,))
+            order = [one for one in self.about("others").split() if one != embedder_sha256]
+            kept = [embedder_sha256, *order[:others]]
+            self.db.execute("insert or replace into about values ('others', ?)", (" ".join(kept),))
+            marks = ", ".join("?" * len(kept))
+            self.db.execute(f"delete from others where embedder not in ({marks})", kept)
 
     def documents(self) -> dict[str, tuple[str, str]]:
         """name -> (SHA-256 of the file, where it was read), by name."""

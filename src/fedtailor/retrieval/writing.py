@@ -30,6 +30,7 @@ TOLD = (
 LEAD = 'Here is the part of the text that answers it:\n\n"'  # how answers begin: models that are small then quote, not invent
 ENDED = '"\n'
 LEFT_OUT = "..."  # no words: a small model would answer with them
+SHORTEST = 40  # letters of a passage that are worth being read
 LONGEST = 8_000  # letters of a passage that are looked at: four times what an index of ours cuts
 # what tells a model to do something, in the ways that are tried most (OWASP LLM01, prompt injection); prose about computers has
 # prompts, messages and rules, too, and programs that ignore things
@@ -95,8 +96,8 @@ def _unmarked(text: str, marks: Sequence[str]) -> str:
 
 
 def row(resident: Resident, question: str, sources: Sequence[Source], max_new_tokens: int, taken: int = 0) -> Row:
-    """How the model is asked, with as many of the first sources as its context takes beside the answer; of an encoder-decoder the
-    answer has a context of its own. Raises SiloError where not even the question has room."""
+    """How the model is asked, with as many of the first sources as its context takes beside the answer, of the first one
+    at least the beginning; of an encoder-decoder the answer has a context of its own. Raises SiloError where not even the question fits."""
     known = marks(resident.tokenizer)
     kept = [safe(source.text[:LONGEST], known) for source in sources if source.text]
     asked = safe_question(question, known)
@@ -112,7 +113,10 @@ def row(resident: Resident, question: str, sources: Sequence[Source], max_new_to
         else:
             if len(item.prompt) + beside + taken <= resident.context or not kept:
                 return made
-        kept.pop()
+        if len(kept) > 1 or len(kept[0]) < SHORTEST:
+            kept.pop()
+        else:
+            kept[0] = kept[0][: len(kept[0]) * 3 // 4]
 
 
 def _made(tokenizer: Any, asked: str, passages: Sequence[str]) -> Row:
