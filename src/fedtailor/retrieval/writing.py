@@ -96,8 +96,8 @@ def _unmarked(text: str, marks: Sequence[str]) -> str:
 
 
 def row(resident: Resident, question: str, sources: Sequence[Source], max_new_tokens: int, taken: int = 0) -> Row:
-    """How the model is asked, with as many of the first sources as its context takes beside the answer, of the first one
-    at least the beginning; of an encoder-decoder the answer has a context of its own. Raises SiloError where not even the question fits."""
+    """How the model is asked, with as many of the first sources as its context takes beside the answer, at least the beginning of
+    the first; of an encoder-decoder the answer has a context of its own. Raises SiloError where the question has no room."""
     known = marks(resident.tokenizer)
     kept = [safe(source.text[:LONGEST], known) for source in sources if source.text]
     asked = safe_question(question, known)
