@@ -63,7 +63,7 @@ def show(experiment: Experiment, out: Console, afar: Sequence[str] = ()) -> None
         f"{experiment.rounds} rounds: {whole * silos:,} bytes up in all",
         highlight=False,
     )
-    out.print(getattr(method, "BESIDES", TRAINED_BESIDES), highlight=False)
+    out.print(getattr(method, "BESIDES", TRAINED_BESIDES), highlight=False, markup=False)
 
 
 def _labels(silos: dict[str, SiloData]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from fedtailor import trainers, wire
 from fedtailor.core import Ask, Method
 from fedtailor.data import Row
 from fedtailor.errors import UserError
-from fedtailor.methods.averaging import Averaging
+from fedtailor.methods.averaging import Averaging, Trained
 from fedtailor.models import Resident
 from fedtailor.retrieval import asking, embedding, judging, learner, learning
 from fedtailor.retrieval.answerer import Answering, Asking
@@ -64,12 +64,6 @@ class Rag(Answering, Method[State]):
 
     FOR: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     one_by_one: ClassVar[str] = "each silo has an index of its own"
-    BESIDES: ClassVar[str] = (
-        "This is of one question, and of the candidates alone. Besides: once, in how many passages each hashed word is (12 bytes "
-        "a word), and with route > 0 noisy means of groups of vectors; of the passages that win, what the silo's own policy "
-        "([documents]) lets out. Questions go to silos as vectors and hashed words; to one that shares answers alone, as text."
-    )
-
     embedder: str = "minilm"  # a packaged encoder, a folder or a hub id; silos' indexes are by it
     trainer: Mapping[str, Any] = field(default_factory=dict)  # trains it over silos: a table as [method] of one that averages
     temperature: Annotated[float, Field(gt=0)] = 0.05  # of its contrastive loss
@@ -86,6 +80,18 @@ class Rag(Answering, Method[State]):
                 raise ValueError('trainer is of one retriever for all silos, merge = "ranks" for silos with their own; choose')
         if self.candidates < max(self.passages, self.reranked if self.rerank else 0):
             raise ValueError(f"candidates = {self.candidates} is fewer than the passages to choose; raise it")
+
+    @property
+    def BESIDES(self) -> str:  # noqa: N802  a constant of other methods
+        """What leaves a silo beside `example`."""
+        first = "This is of the retriever's training; then, of a question, numbers and scores of its candidates." if self.trainer else (
+            "This is of one question, and of the candidates alone."
+        )
+        return (
+            f"{first} Besides: once, in how many passages each hashed word is (12 bytes a word), and with route > 0 noisy means of "
+            "groups of vectors; of the passages that win, what the silo's own policy ([documents]) lets out. Questions go to silos "
+            "as vectors and hashed words; to one that shares answers alone, as text."
+        )
 
     @property
     def trains(self) -> Averaging:
@@ -174,8 +180,10 @@ class Rag(Answering, Method[State]):
                 found[one.sha256] = model
         return found
 
-    def example(self, resident: Resident, labels: int, number: int = 1) -> Hits:
-        """A reply to one question, of `candidates` passages."""
+    def example(self, resident: Resident, labels: int, number: int = 1) -> Hits | Trained:
+        """A reply of a round of training, or to one question, of `candidates` passages."""
+        if self.trainer:
+            return learning.example(self.trains, self.embedder, number)
         n = self.candidates
         scores = torch.zeros(n, dtype=torch.float64)
         return Hits(torch.zeros(n, dtype=torch.int64), scores, scores, torch.tensor([n], dtype=torch.int32))
