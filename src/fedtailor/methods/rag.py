@@ -82,15 +82,14 @@ class Rag(Answering, Method[State]):
             raise ValueError(f"candidates = {self.candidates} is fewer than the passages to choose; raise it")
 
     @property
-    def BESIDES(self) -> str:  # noqa: N802  a constant of other methods
+    def BESIDES(self) -> str:
         """What leaves a silo beside `example`."""
-        first = "This is of the retriever's training; then, of a question, numbers and scores of its candidates." if self.trainer else (
-            "This is of one question, and of the candidates alone."
-        )
+        training = "This is of the retriever's training; then, of a question, numbers and scores of its candidates."
         return (
-            f"{first} Besides: once, in how many passages each hashed word is (12 bytes a word), and with route > 0 noisy means of "
-            "groups of vectors; of the passages that win, what the silo's own policy ([documents]) lets out. Questions go to silos "
-            "as vectors and hashed words; to one that shares answers alone, as text."
+            f"{training if self.trainer else 'This is of one question, and of the candidates alone.'} Besides: once, in how many "
+            "passages each hashed word is (12 bytes a word), and with route > 0 noisy means of groups of vectors; of the passages "
+            "that win, what the silo's own policy ([documents]) lets out. Questions go to silos as vectors and hashed words; to one "
+            "that shares answers alone, as text."
         )
 
     @property
