@@ -17,6 +17,7 @@ from fedtailor.engines.in_process import InProcess
 from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment
 from fedtailor.methods.rag import Rag, Served
+from fedtailor.models import Resident
 from fedtailor.retrieval import asking, embedding, writing
 from fedtailor.retrieval.answerer import Asking
 from libraries import LIBRARIES
@@ -215,6 +216,36 @@ def test_ranked_again(tmp_path: Path, embedder: str, monkeypatch: pytest.MonkeyP
     every = model.finder.sources(model.finder.find([question]), 4)[0]
     scores = dict(zip(every, writing.likelihood(model.resident, question, every), strict=True))
     assert sources == sorted(every, key=lambda one: -scores[one])[:2]
+
+
+def test_ranked_again_by_a_cross_encoder(
+    tmp_path: Path, embedder: str, monkeypatch: pytest.MonkeyPatch, bert: Resident
+) -> None:
+    """One of random weights, as a folder that sentence-transformers loads."""
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    monkeypatch.setenv("FEDTAILOR_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cross"
+    AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(embedder, num_labels=1)).save_pretrained(folder)
+    bert.save_reader(folder)
+    model, _ = asking_of(tmp_path, embedder, rerank=str(folder), passages=2, reranked=4)
+    question = "how does an oak grow"
+    (sources,) = model.retrieved([question])[1]
+    every = model.finder.sources(model.finder.find([question]), 4)[0]
+    scores = CrossEncoder(str(folder)).predict([(question, one.text) for one in every])
+    assert sources == [one for _, one in sorted(zip(scores, every, strict=True), key=lambda pair: -pair[0])][:2]
+    other, _ = asking_of(tmp_path, embedder, rerank="nobody/nothing")
+    with pytest.raises(UserError, match="neither 'likelihood' nor a cross-encoder"):
+        other.retrieved([question])
+
+
+def test_the_best_passage_is_quoted(tmp_path: Path, embedder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDTAILOR_CACHE", str(tmp_path / "cache"))
+    model, _ = asking_of(tmp_path, embedder, write="quote")
+    found = [*model.ask("how does an oak grow")][-1]
+    assert found.text.endswith("An oak grows slowly. A birch grows fast. [west/trees.md]")
+    assert found.done
 
 
 def test_another_runs_model_answers(tmp_path: Path, embedder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,10 +86,10 @@ class Rag(Answering, Method[State]):
         """What leaves a silo beside `example`."""
         training = "This is of the retriever's training; then, of a question, numbers and scores of its candidates."
         return (
-            f"{training if self.trainer else 'This is of one question, and of the candidates alone.'} Besides: once, in how many "
-            "passages each hashed word is (12 bytes a word), and with route > 0 noisy means of groups of vectors; of the passages "
-            "that win, what the silo's own policy ([documents]) lets out. Questions go to silos as vectors and hashed words; to one "
-            "that shares answers alone, as text."
+            f"{training if self.trainer else 'This is of one question, and of the candidates alone.'} Besides: once, in how "
+            "many passages each hashed word is (12 bytes a word), and with route > 0 noisy means of groups of vectors; of the "
+            "passages that win, what the silo's own policy ([documents]) lets out. Questions go to silos as vectors and hashed "
+            "words; to one that shares answers alone, as text."
         )
 
     @property
