@@ -39,7 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, embedder: str) -> dict[str, P
 
 
 def told(corpus: Corpus, embedder: str, **more: Any) -> Told:
-    return asking.tell(silo(corpus), Tell(embedder, embedding.resident(embedder).sha256, **more))
+    sha256 = embedding.resident(embedder).sha256
+    return asking.tell(silo(corpus), Tell(embedder, sha256, sha256, **more))
 
 
 def searching(embedder: str, text: str, **more: Any) -> Search:
@@ -52,7 +53,7 @@ def searching(embedder: str, text: str, **more: Any) -> Search:
 def test_a_silo_tells_counts_of_hashed_words(made: dict[str, Path], embedder: str) -> None:
     found = told(Corpus("south", Policy(), made["south"]), embedder)
     (cat,) = terms("cat")
-    assert found.problem(Tell("", "")) is None
+    assert found.problem(Tell("", "", found.sha256)) is None
     assert found.statistics.having[cat] == 1
     assert (found.passages, found.keeps, found.centroids.shape[0]) == (2, False, 0)
     with Corpus("south", Policy(), made["south"]).index() as index:
@@ -86,6 +87,9 @@ def test_hits_hold_numbers_alone(made: dict[str, Path], embedder: str) -> None:
         ({"words": torch.tensor([0.5, float("nan")], dtype=torch.float64)}, "out of bounds"),
         ({"words": torch.tensor([0.5], dtype=torch.float64)}, "one for each candidate"),
         ({"ends": torch.tensor([3], dtype=torch.int32)}, "one for each candidate"),
+        ({"ends": torch.tensor([2.0])}, "another type"),
+        ({"at": torch.tensor([[1], [2]])}, "another type"),
+        ({"at": torch.tensor([2, 2])}, "a candidate twice"),
         ({"at": torch.tensor([1, 2], dtype=torch.int32)}, "another type"),
     ],
 )
@@ -102,13 +106,19 @@ def test_hits_that_must_not_be_used(embedder: str, change: dict[str, Any], why: 
 
 def test_counts_that_must_not_be_used() -> None:
     fine = Told("e", "s", 3, 9, torch.tensor([4]), torch.tensor([2], dtype=torch.int32), torch.zeros(1, 4))
-    asked = Tell("e", "s", centroids=1)
+    asked = Tell("e", "s", "s", centroids=1)
     assert fine.problem(asked) is None
     assert "out of bounds" in str(replace(fine, having=torch.tensor([4], dtype=torch.int32)).problem(asked))
     assert "go together" in str(replace(fine, terms=torch.tensor([4, 5])).problem(asked))
     assert "not finite" in str(replace(fine, centroids=torch.tensor([[float("inf")]])).problem(asked))
+    assert "other types" in str(replace(fine, passages=float("nan")).problem(asked))
+    assert "go together" in str(replace(fine, terms=torch.tensor([[4]])).problem(asked))
+    assert "another embedder" in str(replace(fine, sha256="other").problem(asked))
     assert "asked 0" in str(fine.problem(replace(asked, centroids=0)))
     assert Passages(("a",), ("",), ("t",)).problem(Fetch("me", torch.tensor([1, 2]), asking.words([]), torch.tensor([0, 0])))
+    fetched = Fetch("me", torch.tensor([1]), asking.words([]), torch.tensor([0]))
+    assert Passages(("a",), ("",), ("t" * 50_001,)).problem(fetched)
+    assert Passages(("a",), ("",), (7,)).problem(fetched)  # type: ignore[arg-type]
     assert Saying("x" * 101).problem(Say("me", "q", torch.tensor([1]), 1))
 
 
@@ -120,7 +130,7 @@ def test_a_silo_without_documents(embedder: str) -> None:
 def test_another_embedder(made: dict[str, Path], embedder: str) -> None:
     """The asker's has other weights than the silo's of the same name; or the silo's index is by another."""
     with pytest.raises(SiloError, match="has other weights"):
-        asking.tell(silo(Corpus("south", Policy(), made["south"])), Tell(embedder, "0" * 64))
+        asking.tell(silo(Corpus("south", Policy(), made["south"])), Tell(embedder, "0" * 64, "0" * 64))
     with pytest.raises(SiloError, match=r"its index's vectors are by .* asked is 'another'"):
         asking.search(silo(Corpus("south", Policy(), made["south"])), searching(embedder, "cat", sha256="0" * 64))
 
@@ -137,11 +147,103 @@ def test_limits_hold_over_restarts(tmp_path: Path, embedder: str) -> None:
         asking.search(silo(Corpus("south", policy, path)), searching(embedder, "cat"))
     with pytest.raises(SiloError, match="questions_per_hour"):
         asking.search(silo(Corpus("south", policy, path)), searching(embedder, "cat"))
-    other = searching(embedder, LATE, asker="another")
-    up = asking.search(silo(Corpus("south", policy, path)), other)
+    other, corpus = searching(embedder, LATE, asker="another"), Corpus("south", policy, path)
+    up = asking.search(silo(corpus), other)
     body = Fetch("another", up.at[:1], other.words, torch.tensor([0], dtype=torch.int32))
     with pytest.raises(SiloError, match="words_per_day_all"):
-        asking.fetch(silo(Corpus("south", policy, path)), body)
+        asking.fetch(silo(corpus), body)
+
+
+def test_what_was_not_found_is_not_told(made: dict[str, Path], embedder: str) -> None:
+    """By its number alone no passage leaves, and what one asker found is another's to find for itself."""
+    corpus, body = Corpus("south", Policy(), made["south"]), searching(embedder, LATE)
+    numbers, first = torch.tensor([1, 2]), torch.tensor([0, 0], dtype=torch.int32)
+    assert asking.fetch(silo(corpus), Fetch("me", numbers, body.words, first)).documents == ("", "")
+    asking.search(silo(corpus), replace(body, most=1, words_share=1.0))
+    found = asking.fetch(silo(corpus), Fetch("me", numbers, body.words, first)).documents
+    assert "birds.md" in found
+    assert asking.fetch(silo(corpus), Fetch("you", numbers, body.words, first)).documents == ("", "")
+    with pytest.raises(SiloError, match="from 1 to 1000"):
+        asking.search(silo(corpus), replace(body, most=-1))
+    with pytest.raises(SiloError, match="1000 at most"):
+        asking.fetch(silo(corpus), Fetch("me", torch.ones(1001).long(), body.words, torch.zeros(1001).int()))
+
+
+@pytest.mark.parametrize("share", ["full", "shareable", "redacted", "snippets"])
+def test_no_silo_answers_by_itself_but_one_that_shares_answers(
+    made: dict[str, Path], embedder: str, llama: Resident, share: Any
+) -> None:
+    corpus = Corpus("south", Policy(share=share), made["south"])
+    up = asking.search(silo(corpus), searching(embedder, LATE))
+    with pytest.raises(SiloError, match="does not answer by itself"):
+        asking.say(silo(corpus, base=llama), Say("me", "who sang?", up.at, 8))
+
+
+def test_answers_are_redacted_before_and_after(
+    made: dict[str, Path], embedder: str, llama: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that repeats what it reads: neither does it read a name, nor does one leave that it knew."""
+    seen = list[str]()
+
+    def echo(resident: Any, question: str, sources: Any, most: int) -> str:
+        seen.extend(source.text for source in sources)
+        return " ".join([*seen, "Bob Ray, 555-9876"])
+
+    monkeypatch.setattr(asking.writing, "answer", echo)
+    corpus = Corpus("south", Policy(share="answers", redact=True), made["south"])
+    up = asking.search(silo(corpus), searching(embedder, LATE))
+    told = asking.say(silo(corpus, base=llama), Say("me", "who sang?", up.at, 8)).text
+    assert "sang at dawn" in told
+    assert not any(part in text for text in (told, *seen) for part in ("Ann", "Lee", "1234", "9876"))
+    assert "Bob" not in told
+
+
+def test_answering_is_booked_before_anything_is_written(made: dict[str, Path], embedder: str, tmp_path: Path) -> None:
+    path = indexes(tmp_path, embedder)["south"]
+    corpus = Corpus("south", Policy(share="answers", questions_per_hour=1), path)
+    up = asking.search(silo(corpus), searching(embedder, LATE))
+    with pytest.raises(SiloError, match="questions_per_hour"):
+        asking.say(silo(corpus), Say("me", "who sang?", up.at, 8))  # there is no model: none was asked
+
+
+def test_of_words_that_are_hidden_nothing_is_told(made: dict[str, Path], embedder: str) -> None:
+    """Neither how many passages have a name or a number, nor which."""
+    corpus = Corpus("south", Policy(share="redacted"), made["south"])
+    hidden = {next(iter(terms(word))) for word in ("Ann", "Lee", "555", "1234")}
+    found = told(corpus, embedder)
+    assert not hidden & set(found.terms.tolist())
+    assert next(iter(terms("dawn"))) in found.terms.tolist()
+    up = asking.search(silo(corpus), searching(embedder, "Ann Lee 555 1234"))
+    assert up.words.tolist() == [0.0] * len(up.words)
+
+
+def test_a_second_snippet_does_not_complete_a_first(made: dict[str, Path], embedder: str) -> None:
+    corpus, body = Corpus("south", Policy(share="snippets", words=2), made["south"]), searching(embedder, LATE)
+    up = asking.search(silo(corpus), body)
+    best = up.at[int(up.words.argmax())]
+    words = asking.words([dict.fromkeys(terms(text), 1.0) for text in ("bird", "dawn", "heard")])
+    told_ = asking.fetch(silo(corpus), Fetch("me", best.repeat(3), words, torch.tensor([0, 1, 2], dtype=torch.int32)))
+    assert len(set(told_.texts)) == 1
+
+
+def test_a_policy_bounds_what_is_told_for_routing(tmp_path: Path, embedder: str) -> None:
+    """However many means without noise a server asks for; and the same index tells the same, so that no mean of many helps."""
+    many = {"west": {"a.md": "".join(f"# Part {i}\nOak number {i} grows.\n\n" for i in range(40))}}
+    path = indexes(tmp_path, embedder, many)["west"]
+    corpus = Corpus("west", Policy(centroids=2, noise=1.0), path)
+    first, again = (told(corpus, embedder, centroids=10**6, noise=0.0).centroids for _ in range(2))
+    assert len(first) == 2
+    assert torch.equal(first, again)
+    plain = told(Corpus("west", Policy(centroids=2, noise=0.0), path), embedder, centroids=10**6).centroids
+    assert not torch.allclose(first, plain, atol=1e-3)
+
+
+def test_a_damaged_index_is_its_silos_failure(tmp_path: Path, embedder: str) -> None:
+    path = indexes(tmp_path, embedder)["south"]
+    corpus = Corpus("south", Policy(), path)
+    corpus.index().db.execute("drop table passages")
+    with pytest.raises(SiloError, match="its index cannot be read"):
+        asking.search(silo(corpus), searching(embedder, "cat"))
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -20,7 +20,7 @@ from fedtailor.data import SiloData
 from fedtailor.errors import SiloError, UserError
 from fedtailor.models import Resident
 from fedtailor.retrieval import embedding
-from fedtailor.retrieval.corpus import Corpus
+from fedtailor.retrieval.corpus import Corpus, base_name
 from fedtailor.retrieval.embedding import Embedder
 from fedtailor.retrieval.ledger import Ledger
 from fedtailor.retrieval.policy import Policy
@@ -140,7 +140,7 @@ def test_one_that_broke_off_is_not_taken_for_one(cache: Path, model: Embedder) -
 KILLED = """
 import sys, time
 from fedtailor.retrieval import embedding
-from fedtailor.retrieval.corpus import Corpus
+from fedtailor.retrieval.corpus import Corpus, base_name
 from fedtailor.retrieval.reading import Document, Section
 from fedtailor.retrieval.store import Store
 before = Store.put
@@ -169,7 +169,7 @@ def test_one_that_was_killed_is_not_taken_for_one(cache: Path, model: Embedder, 
 
 
 def test_before_it_is_told_of_the_embedder_there_is_none(cache: Path) -> None:
-    for ask in (lambda: table().index(), lambda: table().passage(1), lambda: table().searcher("0" * 64)):
+    for ask in (lambda: table().index(), lambda: table().searcher("0" * 64)):
         with pytest.raises(SiloError, match="its documents are in no index yet"):
             ask()
 
@@ -203,7 +203,8 @@ def test_indexes_of_two_embedders_cannot_be_one(cache: Path, tmp_path: Path, mod
     mixed = Corpus(POOLED, parts={"north": Corpus("north", path=one["north"]), "south": Corpus("south", path=two["south"])})
     with pytest.raises(SiloError) as error:
         mixed.index(model)
-    assert str(error.value).startswith(f"silo 'south': its index's vectors are by {other.name!r} ({other.sha256[:12]}), asked is")
+    told = f"silo 'south': its index's vectors are by {base_name(other.name)!r} ({other.sha256[:12]}), asked is"
+    assert str(error.value).startswith(told)
     assert f"{model.name!r} ({model.sha256[:12]}): set method.embedder, or make a new index" in str(error.value)
     assert not list(cache.glob("indexes/*"))
 
@@ -218,10 +219,10 @@ def test_an_index_by_another_embedder_is_refused_with_both_names(tmp_path: Path,
         with pytest.raises(SiloError) as error:
             corpus.told(asked)
         assert str(error.value) == (
-            f"its index's vectors are by {model.name!r} ({model.sha256[:12]}), asked is {asked.name!r} "
+            f"its index's vectors are by {base_name(model.name)!r} ({model.sha256[:12]}), asked is {asked.name!r} "
             f"({other.sha256[:12]}): set method.embedder, or make a new index with --embedder"
         )
-    with pytest.raises(SiloError, match=f"by {model.name!r} .*asked is 'another' .{'9' * 12}"):
+    with pytest.raises(SiloError, match=f"by {base_name(model.name)!r} .*asked is 'another' .{'9' * 12}"):
         corpus.searcher("9" * 64)
 
 
@@ -248,16 +249,18 @@ def test_of_shareable_documents_alone_passages_are_searched_and_shown(tmp_path: 
     path = indexes(tmp_path, model.name)["north"]
     whole, tagged = Corpus("north", path=path), Corpus("north", Policy(share="shareable"), path)
     asked = question("fish", model.questions(["fish"])[0], statistics(whole.index()))
-    assert [whole.passage(at)[1] for at in (1, 2, 3)] == ["cats.md", "cats.md", "fish.txt"]  # type: ignore[index]
-    assert [tagged.passage(at) for at in (1, 2, 3)] == [whole.passage(1), whole.passage(2), None]
+    for corpus in (whole, tagged):
+        corpus.show("me", (1, 2, 3, 99))
+    assert [whole.passage(at, "me")[1] for at in (1, 2, 3)] == ["cats.md", "cats.md", "fish.txt"]  # type: ignore[index]
+    assert [tagged.passage(at, "me") for at in (1, 2, 3)] == [whole.passage(1, "me"), whole.passage(2, "me"), None]
     assert {one.at for one in whole.told(model).search(asked, 9)} == {1, 2, 3}
     assert {one.at for one in tagged.told(model).search(asked, 9)} == {1, 2}
     whole.index().share(["fish.txt"], True)
     whole.index().share(["cats.md"], False)
     assert {one.at for one in tagged.told(model).search(asked, 9)} == {3}
-    assert [tagged.passage(at) is None for at in (1, 2, 3)] == [True, True, False]
+    assert [tagged.passage(at, "me") is None for at in (1, 2, 3)] == [True, True, False]
     whole.index().remove("fish.txt")
-    assert (whole.passage(3), whole.passage(99), tagged.passage(3)) == (None, None, None)
+    assert (whole.passage(3, "me"), whole.passage(99, "me"), tagged.passage(3, "me")) == (None, None, None)
 
 
 def test_what_is_told_is_booked_beside_the_index_and_limits_bind(tmp_path: Path, embedder: str) -> None:

@@ -115,7 +115,7 @@ def opened(made: dict[str, Path], embedder: str, engine: Any = None, **more: Any
     engine = engine or InProcess(data, {})
     method = Rag(embedder=embedder, **more)
     state = method.begin(engine.reach(0))
-    return Finder(method, engine.reach(1), state.told, method.embedders(state.told, {}))
+    return Finder(method, engine.reach(1), state.told, method.searched_by(state.told, {}))
 
 
 def named(sources: Sequence[Source]) -> list[str]:

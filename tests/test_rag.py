@@ -148,7 +148,7 @@ def test_a_retriever_that_is_trained(
     last = wire.read_file(tmp_path / "run" / "adapter" / "served.safetensors")
     if last.tensors:
         again = embedding.load(str(tmp_path / "run" / "adapter" / "retriever"))
-        made = last.method.embedders(last.told, last.tensors)
+        made = last.method.searched_by(last.told, last.tensors)
         assert set(made) == {one.sha256 for one in last.told.values()}
         (mine,) = made.values()
         texts = ["the black cat", "an oak"]

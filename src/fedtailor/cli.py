@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shlex
+import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -331,6 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
         code = 130
+    except sqlite3.DatabaseError as error:
+        code = _fail(f"an index cannot be read ({error}); delete it, and add the documents to a new one", 2, debug)
     except OSError as error:
         code = _fail(_system(error, next((word for word in given if word[:1] != "-"), "") == "run"), 1, debug)
     except Exception as error:

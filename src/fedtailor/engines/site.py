@@ -56,7 +56,7 @@ class Site:
     def rows(self, asked: Data, settings: Mapping[str, Any], seed: int) -> SiloData:
         """This silo's rows, read as the experiment asks, with its own settings over it. Raises UserError on a misfit."""
         corpus = self.corpus(asked)
-        if corpus is not None and "source" not in self.data and not (asked.source and self.server_names_data):
+        if corpus is not None and not (asked.source and ("source" in self.data or self.server_names_data)):
             return SiloData((), (), (), limits=self.limits, corpus=corpus)  # asked about its documents, and nothing else
         if "source" not in self.data and not self.server_names_data and asked.source not in demo.names():
             told = "so that no server can choose it; or start with --data ROWS"

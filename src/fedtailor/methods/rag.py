@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtailor import trainers, wire
+from fedtailor import progress, trainers, wire
 from fedtailor.core import Ask, Method
 from fedtailor.data import Row
-from fedtailor.errors import UserError
+from fedtailor.errors import RunError, UserError
 from fedtailor.methods.averaging import Averaging, Trained
 from fedtailor.models import Resident
 from fedtailor.retrieval import asking, embedding, judging, learner, learning
@@ -54,7 +54,7 @@ class Served:
         """Without `ask` the model answers from what it knows."""
         resident = models["base"]
         model = self.answers.open(models) if self.answers is not None else None
-        embedders = self.method.embedders(self.told, self.tensors) if ask is not None else {}
+        embedders = self.method.searched_by(self.told, self.tensors) if ask is not None else {}
         return Asking(self.method, resident, model, ask, self.told, embedders)
 
 
@@ -65,6 +65,8 @@ class Rag(Answering, Method[State]):
     FOR: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     one_by_one: ClassVar[str] = "each silo has an index of its own"
     embedder: str = "minilm"  # a packaged encoder, a folder or a hub id; silos' indexes are by it
+    telling: Annotated[float, Field(gt=0)] | None = None  # seconds for silos to tell of their documents; None: the engine's own
+    embedders: tuple[str, ...] = ()  # with merge = "ranks": what silos may have been indexed by besides
     trainer: Mapping[str, Any] = field(default_factory=dict)  # trains it over silos: a table as [method] of one that averages
     temperature: Annotated[float, Field(gt=0)] = 0.05  # of its contrastive loss
     embed_every: Count = 1  # rounds until silos embed their documents anew, and it is validated; after the last one they do
@@ -164,20 +166,15 @@ class Rag(Answering, Method[State]):
                 kept.append(row)
         return kept
 
-    def embedders(self, told: Mapping[str, Told], tensors: Mapping[str, Tensor]) -> dict[str, Embedder]:
-        """By SHA-256: those whose vectors silos search. Raises UserError where the asker has other weights."""
-        if tensors:
-            made = asking.trained(self.embedder, self.trainer, tensors)
-            return {made.sha256: made}
-        found = dict[str, Embedder]()
-        for silo, one in told.items():
-            if one.sha256 not in found:
-                model = embedding.resident(one.embedder)
-                if model.sha256 != one.sha256:
-                    why = "whose weights are others here; fetch the same model"
-                    raise UserError(f"silo {silo!r} embeds by {one.embedder!r}, {why}")
-                found[one.sha256] = model
-        return found
+    def searched_by(self, told: Mapping[str, Told], tensors: Mapping[str, Tensor]) -> dict[str, Embedder]:
+        """By SHA-256: those whose vectors silos search. What is loaded says the asker, and no silo."""
+        known = (self._embedder(tensors), *map(embedding.resident, self.embedders if self.merge == "ranks" else ()))
+        wanted = {silo.sha256 for silo in told.values()}
+        return {one.sha256: one for one in known if one.sha256 in wanted}
+
+    def _embedder(self, tensors: Mapping[str, Tensor]) -> Embedder:
+        base = embedding.resident(self.embedder)
+        return asking.trained(self.embedder, self.trainer, tensors) if tensors else base
 
     def example(self, resident: Resident, labels: int, number: int = 1) -> Hits | Trained:
         """A reply of a round of training, or to one question, of `candidates` passages."""
@@ -193,13 +190,21 @@ class Rag(Answering, Method[State]):
             learner.export(learner.learner(self.embedder, self.trains), tensors, folder / "retriever")
 
     def _told(self, state: State, ask: Ask) -> State:
-        base = embedding.resident(self.embedder)
+        base, now = embedding.resident(self.embedder), self._embedder(state.tensors)
         body = Tell(
-            self.embedder, base.sha256, self.trainer if state.tensors else {}, state.tensors, self.centroids if self.route else 0,
-            self.noise, self.merge == "ranks", self.search == "approximate",
+            self.embedder, base.sha256, now.sha256, self.trainer if state.tensors else {}, state.tensors,
+            self.centroids if self.route else 0, self.noise, self.merge == "ranks", self.search == "approximate",
         )  # fmt: skip
-        replies = list(ask(asking.tell, body, to=None, deadline=None))
-        told = {reply.silo: reply.body for reply in replies}
+        known = {now.sha256, *(embedding.resident(name).sha256 for name in self.embedders)}
+        told = dict[str, Told]()
+        for reply in ask(asking.tell, body, deadline=self.telling):
+            if reply.body.sha256 in known:
+                told[reply.silo] = reply.body
+            else:
+                what = f"{reply.body.embedder!r} ({reply.body.sha256[:12]})"
+                progress.line(f"{reply.silo} is left out: it embeds by {what}; name its model in method.embedders")
+        if not told and not state.told:
+            raise RunError("no silo told of its documents: none embeds by a model of method.embedder or method.embedders")
         # a silo that does not answer now is not forgotten: what it told before may still hold
         kept = {silo: one for silo, one in state.told.items() if silo not in told and not state.tensors}
         return replace(state, told=dict(sorted({**kept, **told}.items())))

@@ -64,10 +64,9 @@ class Asking:
         """Raises FedtailorError: of a question that is none, or where no silo answers."""
         question = checked(question)
         began = time.perf_counter()
-        (result,), (sources,) = self.retrieved([question])
-        kept = [*sources, *self.said(result, question)]
+        (result,), (kept,) = self.retrieved([question])
         now = Answered(
-            question, "", tuple(sorted(kept, key=lambda one: -one.score))[: self.how.passages],
+            question, "", tuple(kept),
             tuple(silo for silo in result.silos), tuple(silo for silo in self.told if silo not in result.silos), result.missing,
             bool(kept), seconds={"retrieval": time.perf_counter() - began},
         )  # fmt: skip
@@ -89,26 +88,25 @@ class Asking:
         yield replace(now, text=writing.cited(writing.quoted(text), now.sources), done=True, seconds=seconds)
 
     def retrieved(self, questions: Sequence[str]) -> tuple[list[Result], list[list[Source]]]:
-        """Of each question what was found, and the passages that an answer is made of."""
+        """Of each question what was found, and what an answer is made of, the best first: passages, and what silos that keep
+        theirs say by themselves."""
         results = self.finder.find(questions)
         for result in results:
             result.found = [one for one in result.found if one.cosine >= self.how.floor or one.words >= WORDS]
-        if not self.how.rerank:
-            return results, self.finder.sources(results, self.how.passages)
-        many = self.finder.sources(results, self.how.reranked)
-        ranked = [self._ranked(text, some)[: self.how.passages] for text, some in zip(questions, many, strict=True)]
-        return results, ranked
-
-    def said(self, result: Result, question: str) -> Iterator[Source]:
-        """What silos that keep their passages answer by themselves."""
-        return self.finder.said(result, question, self.how.passages, self.how.max_new_tokens)
+        most = self.how.reranked if self.how.rerank else self.how.passages
+        found = list[list[Source]]()
+        for question, result, sources in zip(questions, results, self.finder.sources(results, most), strict=True):
+            every = [*sources, *self.finder.said(result, question, most, self.how.max_new_tokens)]
+            ranked = self._ranked(question, every) if self.how.rerank else sorted(every, key=lambda one: -one.score)
+            found.append(ranked[: self.how.passages])
+        return results, found
 
     def answers(self, questions: Sequence[str], found: Sequence[tuple[Result, Sequence[Source]]] = ()) -> list[str]:
         """Without citations. Without `found`, from what the model knows."""
         model = self.model or fresh(self.resident)
         sources: list[Sequence[Source]] = [()] * len(questions)
         if found:
-            sources = [[*some, *self.said(result, text)] for text, (result, some) in zip(questions, found, strict=True)]
+            sources = [some for _, some in found]
         if found and self.how.write == "quote":
             return [self._quote(result, some) for (result, _), some in zip(found, sources, strict=True)]
         most = self.how.max_new_tokens
@@ -132,7 +130,9 @@ class Asking:
 
     def _quote(self, result: Result, sources: Sequence[Source]) -> str:
         """Of the best passage as much as `QUOTED` words, where the question's are."""
-        return snippet(sources[0].text, result.asked.weights, QUOTED) if sources else writing.NOTHING
+        if not sources:
+            return writing.NOTHING
+        return writing.plain(snippet(sources[0].text, result.asked.weights, QUOTED))
 
     def _ranked(self, question: str, sources: Sequence[Source]) -> list[Source]:
         if self.how.rerank == "likelihood":

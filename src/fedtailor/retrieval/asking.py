@@ -6,7 +6,10 @@ first, then passages of the winners alone, under the silo's policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -16,15 +19,18 @@ import torch
 from torch import Tensor
 
 from fedtailor.core import Silo, in_silo
-from fedtailor.errors import SiloError
+from fedtailor.errors import SiloError, UserError
 from fedtailor.retrieval import embedding, routing, scoring, writing
 from fedtailor.retrieval.answered import Source
-from fedtailor.retrieval.corpus import Corpus
+from fedtailor.retrieval.corpus import Corpus, base_name
 from fedtailor.retrieval.embedding import Embedder
-from fedtailor.retrieval.policy import cited, counted, let_out
+from fedtailor.retrieval.policy import Policy, cited, counted, let_out
+from fedtailor.retrieval.redaction import redacted
 from fedtailor.retrieval.scoring import Found, Question
 
-MOST = 1000  # passages that one request may name
+MOST = 1000  # candidates of a question, and passages that one request may name
+NAME, TEXT = 2_000, 50_000  # letters of a name or heading, and of a passage
+QUESTION = 2_000  # letters
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Tell:
 
     embedder: str
     sha256: str  # of what it was trained from, where it was
+    wanted: str  # of it as it is now: what silos say that they search by
     trainer: Mapping[str, Any] = field(default_factory=dict)  # how the embedder was trained, as [method.trainer]; {}: it was not
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     centroids: int = 0  # 0: no routing
@@ -69,11 +76,18 @@ class Told:
     keeps: bool = False  # its passages stay: it answers by itself
 
     def problem(self, asked: Tell) -> str | None:
-        if len(self.terms) != len(self.having) or self.terms.dtype != torch.int64 or self.having.dtype != torch.int32:
+        if not (_are(str, self.embedder, self.sha256) and _are(int, self.passages, self.words) and _are(bool, self.keeps)):
+            return "what it tells is of other types"
+        if not asked.any_embedder and (self.sha256 != asked.wanted):
+            return f"it searches by another embedder ({self.sha256[:12]}, asked {asked.wanted[:12]})"
+        if not _flat(self.terms, torch.int64) or not _flat(self.having, torch.int32) or len(self.terms) != len(self.having):
             return "words and their counts do not go together"
-        if self.passages < 0 or self.words < 0 or bool((self.having < 1).any()) or bool((self.having > self.passages).any()):
+        most = 2**40
+        if not 0 <= self.passages <= most or not 0 <= self.words <= most:
             return "counts are out of bounds"
-        if self.centroids.dim() != 2 or not bool(self.centroids.isfinite().all()):
+        if bool((self.having < 1).any()) or bool((self.having > self.passages).any()):
+            return "counts are out of bounds"
+        if self.centroids.dim() != 2 or self.centroids.dtype != torch.float32 or not bool(self.centroids.isfinite().all()):
             return "centroids are not finite numbers"
         if len(self.centroids) > asked.centroids:
             return f"{len(self.centroids)} centroids, asked {asked.centroids}"
@@ -109,14 +123,19 @@ class Hits:
     ends: Tensor  # (questions,) int32
 
     def problem(self, asked: Search) -> str | None:
-        n, sizes = len(self.at), {len(self.cosine), len(self.words), len(self.at)}
-        if self.at.dtype != torch.int64 or self.cosine.dtype != torch.float64 or self.words.dtype != torch.float64:
+        if not _flat(self.at, torch.int64) or not _flat(self.ends, torch.int32):
             return "its scores are of another type"
+        if not _flat(self.cosine, torch.float64) or not _flat(self.words, torch.float64):
+            return "its scores are of another type"
+        n, sizes = len(self.at), {len(self.cosine), len(self.words), len(self.at)}
         if len(sizes) > 1 or len(self.ends) != len(asked.vectors) or (len(self.ends) and int(self.ends[-1]) != n):
             return "its scores are not one for each candidate"
         steps = self.ends.diff(prepend=torch.zeros(1, dtype=self.ends.dtype))
         if bool((steps < 0).any()) or bool((steps > 2 * asked.most).any()):
             return f"more candidates than the {2 * asked.most} asked for"
+        twice = (part for part in torch.tensor_split(self.at, self.ends[:-1].long()) if len(part.unique()) < len(part))
+        if next(twice, None) is not None:
+            return "a candidate twice"
         within = bool((self.cosine.abs() <= 1.001).all()) and bool((self.words >= 0).all()) and bool((self.words <= 1.001).all())
         return None if within else "scores are out of bounds"  # NaN is, too
 
@@ -150,8 +169,11 @@ class Passages:
     texts: tuple[str, ...]
 
     def problem(self, asked: Fetch) -> str | None:
-        sizes = {len(self.documents), len(self.sections), len(self.texts), len(asked.at)}
-        return None if len(sizes) == 1 else "not one text for each passage"
+        every = (self.documents, self.sections, self.texts)
+        if any(not isinstance(some, tuple) or len(some) != len(asked.at) or not _are(str, *some) for some in every):
+            return "not one text for each passage"
+        long = any(len(name) > NAME for some in every[:2] for name in some) or any(len(text) > TEXT for text in self.texts)
+        return "a passage that is longer than any may be" if long else None
 
 
 @dataclass(frozen=True)
@@ -171,7 +193,8 @@ class Saying:
     text: str
 
     def problem(self, asked: Say) -> str | None:
-        return None if len(self.text) <= 100 * asked.max_new_tokens else "an answer longer than asked for"
+        fine = _are(str, self.text) and len(self.text) <= 100 * asked.max_new_tokens
+        return None if fine else "an answer longer than asked for"
 
 
 def corpus(silo: Silo) -> Corpus:
@@ -198,36 +221,60 @@ def trained(name: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return learner(name, trainers.named(trainer, "trainer")).embedder(dict(tensors))
 
 
+@contextmanager
+def its_own() -> Iterator[None]:
+    """What is wrong with a silo's files is that silo's failure, and its owner's to mend."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise SiloError(f"its index cannot be read ({error}): its owner should add the documents to a new one") from error
+    except UserError as error:
+        raise SiloError(str(error)) from error
+
+
 @in_silo(memory=False)
 def tell(silo: Silo, body: Tell) -> Told:
-    """Makes the index where it has to be made, and embeds anew where the embedder was trained."""
-    mine = corpus(silo)
-    model = embedding.resident(mine.index().about("embedder")) if body.any_embedder and mine.path else embedder(body)
-    searcher = mine.told(model)
-    with searcher.index.snapshot():
-        known = scoring.statistics(searcher.index, None if mine.policy.statistics else (), mine.tagged)
-        vectors = searcher.table().vectors
+    """Makes the index where it has to be made, and embeds anew where the embedder was trained. How much is told for routing, and
+    how much noise is on it, its own policy bounds; the same index tells the same each time: asking again takes no noise off."""
+    with its_own():
+        mine = corpus(silo)
+        policy = mine.policy
+        model = embedding.resident(mine.index().about("embedder")) if body.any_embedder and mine.path else embedder(body)
+        searcher = mine.told(model)
+        with searcher.index.snapshot():
+            known = mine.visible()
+            vectors, version = searcher.table().vectors, searcher.index.about("version")
         if body.approximate:
             searcher.graph()
-    terms = sorted(known.having)
-    centroids = routing.centroids(vectors, body.centroids, body.noise, silo.seed)
-    having = torch.tensor([known.having[term] for term in terms], dtype=torch.int32)
-    return Told(
-        model.name, model.sha256, known.passages, known.words, torch.tensor(terms, dtype=torch.int64), having,
-        torch.from_numpy(centroids), mine.policy.share == "answers",
-    )  # fmt: skip
+        place = f"{searcher.index.about('secret')} {version} {model.sha256}"
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7])
+        means = routing.centroids(vectors, min(body.centroids, policy.centroids), max(body.noise, policy.noise), seed)
+        terms = sorted(known.having) if policy.statistics else []
+        having = torch.tensor([known.having[term] for term in terms], dtype=torch.int32)
+        return Told(
+            base_name(model.name), model.sha256, known.passages, known.words, torch.tensor(terms, dtype=torch.int64), having,
+            torch.from_numpy(means), policy.share == "answers",
+        )  # fmt: skip
 
 
 @in_silo(memory=False)
 def search(silo: Silo, body: Search) -> Hits:
-    mine = corpus(silo)
-    searcher = mine.searcher(body.sha256)
-    mine.book(body.asker, questions=len(body.vectors))
-    found = list[list[Found]]()
-    for i, vector in enumerate(body.vectors.numpy()):
-        asked = Question(vector, body.words.of(i), body.mean_words, body.words_share)
-        found.append(sorted(searcher.search(asked, min(body.most, MOST), body.approximate), key=lambda one: one.place))
-    every = [one for some in found for one in some]
+    """What is found may then be fetched by who asked."""
+    with its_own():
+        mine = corpus(silo)
+        searcher = mine.searcher(body.sha256)
+        if not 1 <= body.most <= MOST:
+            raise SiloError(f"{body.most} candidates: from 1 to {MOST} may be asked for")
+        mine.book(body.asker, questions=len(body.vectors))
+        shown = mine.visible().having if mine.policy.redacts else None  # of words that it hides it does not say where they are
+        found = list[list[Found]]()
+        for i, vector in enumerate(body.vectors.numpy()):
+            weights = {term: weight for term, weight in body.words.of(i).items() if shown is None or term in shown}
+            asked = Question(vector, weights, body.mean_words, body.words_share)
+            some = searcher.search(asked, body.most, body.approximate)
+            found.append(sorted(some, key=lambda one: one.place))
+        every = [one for some in found for one in some]
+        mine.show(body.asker, (one.at for one in every))
     return Hits(
         torch.tensor([one.at for one in every], dtype=torch.int64),
         torch.tensor([one.cosine for one in every], dtype=torch.float64),
@@ -238,29 +285,55 @@ def search(silo: Silo, body: Search) -> Hits:
 
 @in_silo(memory=False)
 def fetch(silo: Silo, body: Fetch) -> Passages:
-    mine = corpus(silo)
-    policy = mine.policy
-    if policy.share == "answers":
-        nothing = ("",) * len(body.at)
-        return Passages(nothing, nothing, nothing)
-    found = [mine.passage(at) for at in body.at.tolist()]
-    texts = [""] * len(found)
-    if body.texts:
-        weights = [body.words.of(i) for i in body.questions.tolist()]
-        texts = [let_out(policy, one[2].text, own) if one else "" for one, own in zip(found, weights, strict=True)]
-        mine.book(body.asker, words=sum(map(counted, texts)))
-    names = [cited(policy, one[1], one[0], one[2].section) if one else ("", "") for one in found]
-    return Passages(tuple(name for name, _ in names), tuple(section for _, section in names), tuple(texts))
+    """Of passages that were found; of one that is named twice the same twice, so that no second snippet completes a first."""
+    with its_own():
+        mine = corpus(silo)
+        policy, numbers = mine.policy, body.at.tolist()
+        if len(numbers) > MOST:
+            raise SiloError(f"{len(numbers)} passages in one request: {MOST} at most")
+        told = dict[int, tuple[str, str, str]]()
+        for at, question in zip(numbers, body.questions.tolist(), strict=True):
+            if at in told and policy.share == "snippets":
+                continue
+            one = mine.passage(at, body.asker) if policy.share != "answers" else None
+            if one is None:
+                told[at] = "", "", ""
+                continue
+            number, document, passage = one
+            text = let_out(policy, passage.text, body.words.of(question)) if body.texts else ""
+            told[at] = *cited(policy, document, number, passage.section), text
+        mine.book(body.asker, words=sum(counted(part) for at in numbers for part in told[at]))
+    return Passages(*(tuple(told[at][part] for at in numbers) for part in range(3)))
 
 
 @in_silo(memory=False)
 def say(silo: Silo, body: Say) -> Saying:
-    mine = corpus(silo)
-    found = [one for at in body.at.tolist() if (one := mine.passage(at)) is not None]
-    sources = [Source(silo.name, document, passage.section, passage.text, 0.0) for _, document, passage in found]
-    text = writing.answer(silo.models["base"], body.question, sources, body.max_new_tokens) if sources else ""
-    mine.book(body.asker, words=counted(text))
-    return Saying(text)
+    """Where the policy is "answers" alone. What is to be redacted the model does not see."""
+    with its_own():
+        mine = corpus(silo)
+        policy = mine.policy
+        if policy.share != "answers":
+            raise SiloError("it lets out passages, and does not answer by itself")
+        if len(body.question) > QUESTION or len(body.at) > MOST:
+            raise SiloError(f"a question has {QUESTION} letters at most, and {MOST} passages")
+        most = min(body.max_new_tokens, policy.longest)
+        mine.book(body.asker, questions=1, words=most)  # before anything is written; a token is a word at most
+        found = [one for at in body.at.tolist() if (one := mine.passage(at, body.asker)) is not None]
+        sources = [Source(silo.name, "", "", _seen(policy, passage.text), 0.0) for _, _, passage in found]
+        text = writing.answer(silo.models["base"], body.question, sources, most) if sources else ""
+        return Saying(_seen(policy, text))
+
+
+def _seen(policy: Policy, text: str) -> str:
+    return redacted(text, policy.recognizer) if policy.redacts else text
+
+
+def _are(kind: type[Any], *values: Any) -> bool:
+    return all(type(value) is kind for value in values)
+
+
+def _flat(value: Any, kind: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and value.dtype == kind
 
 
 def words(many: Sequence[Mapping[int, float]]) -> Words:

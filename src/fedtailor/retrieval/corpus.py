@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedtailor import fetch, progress
@@ -22,8 +23,12 @@ from fedtailor.retrieval.indexing import AT_ONCE, CUT, OVERLAP, vectors
 from fedtailor.retrieval.ledger import Ledger
 from fedtailor.retrieval.policy import Policy
 from fedtailor.retrieval.reading import Document
-from fedtailor.retrieval.scoring import Searcher
+from fedtailor.retrieval.redaction import redacted, redacted_title
+from fedtailor.retrieval.scoring import Searcher, Statistics, statistics
 from fedtailor.retrieval.store import Store
+from fedtailor.retrieval.terms import terms
+
+SHOWN, ASKERS = 100_000, 1_000  # passages that an asker may fetch after finding them; askers that this is known of
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Corpus:
     parts: Mapping[str, Corpus] = field(default_factory=dict)  # silo -> its corpus, all as one: documents are named silo/document
     store: Store | None = None  # open
     ledger: Ledger | None = None
+    shown: dict[str, dict[int, None]] = field(default_factory=dict)  # by asker: passages that it found, the latest last
+    counted: tuple[str, Statistics] | None = None  # of a version of the index
     held: dict[str, Searcher] = field(default_factory=dict)  # by the embedder's SHA-256
 
     def sha256(self) -> str:
@@ -87,9 +94,11 @@ class Corpus:
             self.held[embedder_sha256] = Searcher(index, self.silo, embedder_sha256, self.tagged)
         return self.held[embedder_sha256]
 
-    def passage(self, at: int) -> tuple[int, str, Passage] | None:
-        """As the index has it; None where it is gone, or not to be searched."""
+    def passage(self, at: int, asker: str) -> tuple[int, str, Passage] | None:
+        """As the index has it; None where this asker did not find it lately, where it is gone, or not to be searched."""
         index = self.index()
+        if asker not in self.shown or at not in self.shown[asker]:
+            return None
         try:
             found = index.passage(at)
         except KeyError:
@@ -97,16 +106,46 @@ class Corpus:
         return None if self.tagged and found[1] not in index.shareable() else found
 
     def book(self, asker: str, questions: int = 0, words: int = 0) -> None:
-        """What is told to whom. Raises SiloError where the policy's limits are reached."""
-        if self.ledger is None and self.path is not None:
+        """What is told to whom. Raises SiloError where the policy's limits are reached. A table is there to try things: none hold."""
+        if not self.policy.limited or self.path is None:
+            return
+        if self.ledger is None:
             self.ledger = Ledger(self.path.with_name(f"{self.path.name}.asked"))
-        if self.ledger is not None:
-            self.ledger.take(self.policy, asker, time.time(), questions, words)
+        self.ledger.take(self.policy, asker, time.time(), questions, words)
+
+    def show(self, asker: str, found: Iterable[int]) -> None:
+        """Who asks may fetch these passages from now on, the last `SHOWN` of them."""
+        seen = self.shown.setdefault(asker, {})
+        for at in found:
+            seen.pop(at, None)
+            seen[at] = None
+        for at in list(seen)[: max(0, len(seen) - SHOWN)]:
+            del seen[at]
+        for other in list(self.shown)[: max(0, len(self.shown) - ASKERS)]:
+            del self.shown[other]
+
+    def visible(self) -> Statistics:
+        """How words are spread, as far as the policy shows them: where it redacts, in what is left of the passages. In a snapshot
+        that the caller took."""
+        index, version = self.index(), self.index().about("version")
+        if self.counted is None or self.counted[0] != version:
+            if self.policy.redacts:
+                known = statistics(index, (), self.tagged)
+                having, shareable, more = Counter[int](), index.shareable(), self.policy.recognizer
+                for _, document, passage in index.passages():
+                    if not self.tagged or document in shareable:
+                        left = Passage(redacted_title(passage.section, more), redacted(passage.text, more))
+                        having.update(set(terms(left.indexed)))
+                self.counted = version, replace(known, having=having)
+            else:
+                self.counted = version, statistics(index, None, self.tagged)
+        return self.counted[1]
 
     def _unlike(self, name: str, sha256: str) -> str:
         own = self.index()
         return (
-            f"its index's vectors are by {own.about('embedder')!r} ({own.about('embedder_sha256')[:12]}), asked is {name!r} "
+            f"its index's vectors are by {base_name(own.about('embedder'))!r} ({own.about('embedder_sha256')[:12]}), asked is "
+            f"{name!r} "
             f"({sha256[:12]}): set method.embedder, or make a new index with --embedder"
         )
 
@@ -122,7 +161,9 @@ class Corpus:
             return store.load(path)
         with fetch.workspace() as work:  # a half-made one is never taken for one
             beside = work / path.name
-            with store.make(beside, embedder.name, embedder.base_sha256, embedder.size, (size, min(OVERLAP, size // 4))) as index:
+            cut_at = size, min(OVERLAP, size // 4)
+            with store.make(beside, embedder.name, embedder.base_sha256, embedder.size, cut_at) as index:
+                index.db.execute("update about set value = ? where key = 'secret'", (key,))  # the same noise again
                 if self.parts:
                     self._unite(index, embedder)
                 else:
@@ -148,3 +189,8 @@ class Corpus:
                 raise SiloError(f"silo {silo!r}: {part._unlike(embedder.name, embedder.base_sha256)}")
             for name, (sha256, _) in other.documents().items():
                 index.put(f"{silo}/{name}", sha256, *other.document(name), "")
+
+
+def base_name(embedder: str) -> str:
+    """Without the folders of a path, which are nobody else's business."""
+    return embedder.rstrip("/").rpartition("/")[2] if embedder[:1] == "/" else embedder

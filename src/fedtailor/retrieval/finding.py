@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from fedtailor.core import Ask, Reply
+from fedtailor.core import Ask
 from fedtailor.errors import RunError
 from fedtailor.retrieval import asking, routing, scoring
 from fedtailor.retrieval.answered import Source
@@ -24,6 +25,7 @@ from fedtailor.retrieval.embedding import Embedder
 from fedtailor.retrieval.scoring import Found, Question, Statistics
 
 Count = Annotated[int, Field(ge=1)]
+WRITING = 6  # deadlines that a silo has to answer by itself
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -38,7 +40,7 @@ class Ways:
     merge: Literal["scores", "ranks"] = "scores"  # "ranks": reciprocal rank fusion, where silos embed by models of their own
     route: Annotated[int, Field(ge=0)] = 0  # silos asked at most; 0: all
     margin: Annotated[float, Field(ge=0)] = 0.35  # of `routing.promises`: a silo so far below the best is not asked
-    deadline: Annotated[float, Field(gt=0)] = 10.0  # seconds of one exchange; a silo that is later is left out, and named
+    deadline: Annotated[float, Field(gt=0)] = 10.0  # seconds for scores, and as many for passages; who is later is named
     asker: str = "server"  # whose limits at the silos a question counts against
 
 
@@ -90,14 +92,18 @@ class Finder:
         return results
 
     def sources(self, results: Sequence[Result], most: int, texts: bool = True) -> list[list[Source]]:
-        """The best passages of each question, as far as silos let them out. Where a silo is lost meanwhile, the others' next.
+        """The best passages of each question, as far as silos let them out. Where a silo is lost meanwhile, or a passage is
+        gone, the next best takes its place.
 
         Silos that keep their passages are left out: `said` is for them.
         """
         held: dict[tuple[int, str, int], Source | None] = {}
-        lost = set[str]()
+        lost, end = set[str](), time.monotonic() + self.how.deadline
         while True:
-            best = [self._best(result, most, lost) for result in results]
+            gone = {key for key, source in held.items() if source is None}
+            best = [
+                self._best(result, most, lost, {(silo, at) for n, silo, at in gone if n == i}) for i, result in enumerate(results)
+            ]
             wanted = defaultdict[str, list[tuple[int, Found]]](list)
             for i, some in enumerate(best):
                 for one in some:
@@ -106,7 +112,7 @@ class Finder:
             if not wanted:
                 break
             for silo, winners in wanted.items():
-                fetched = self._fetched(silo, winners, results, texts)
+                fetched = self._fetched(silo, winners, results, texts, end)
                 if fetched is None:
                     lost.add(silo)
                     for result in results:
@@ -120,13 +126,15 @@ class Finder:
     def said(self, result: Result, question: str, most: int, max_new_tokens: int) -> Iterator[Source]:
         """What silos that keep their passages answer by themselves, where theirs are among the best."""
         keeping = dict[str, list[Found]]()
-        for one in self._best(result, most, set()):
+        for one in self._best(result, most):
             if self.told[one.silo].keeps:
                 keeping.setdefault(one.silo, []).append(one)
         for silo, some in keeping.items():
             at = torch.tensor([one.at for one in some], dtype=torch.int64)
             try:
-                for reply in self._asked(asking.say, Say(self.how.asker, question, at, max_new_tokens), [silo]):
+                # a model writes there, which takes longer than looking something up
+                body, seconds = Say(self.how.asker, question, at, max_new_tokens), WRITING * self.how.deadline
+                for reply in self.ask(asking.say, body, to=[silo], deadline=seconds):
                     if reply.body.text:
                         yield Source(silo, "", "", reply.body.text, some[0].score)
             except RunError:
@@ -136,8 +144,10 @@ class Finder:
     def _late(self) -> str:
         return f"no reply that could be used within {self.how.deadline:g} s"
 
-    def _best(self, result: Result, most: int, lost: set[str]) -> list[Found]:
-        return [one for one in result.found if one.silo not in lost][:most]
+    def _best(
+        self, result: Result, most: int, lost: Collection[str] = (), gone: Collection[tuple[str, int]] = ()
+    ) -> list[Found]:
+        return [one for one in result.found if one.silo not in lost and (one.silo, one.at) not in gone][:most]
 
     def _chosen(self, i: int, asked: Mapping[str, Sequence[Question]]) -> tuple[str, ...]:
         if not self.how.route:
@@ -167,21 +177,35 @@ class Finder:
         sha256, mean = self.told[silos[0]].sha256, asked[0].mean_words
         body = Search(how.asker, sha256, vectors, words, mean, share, how.candidates, how.search == "approximate")
         try:
-            for reply in self._asked(asking.search, body, silos):
+            for reply in self.ask(asking.search, body, to=silos, deadline=how.deadline):
                 yield reply.silo, reply.body.found(reply.silo, share)
         except RunError as error:
             why.append(str(error))
 
     def _fetched(
-        self, silo: str, some: Sequence[tuple[int, Found]], results: Sequence[Result], texts: bool
+        self, silo: str, some: Sequence[tuple[int, Found]], results: Sequence[Result], texts: bool, end: float
     ) -> dict[tuple[int, str, int], Source | None] | None:
-        """None where the silo does not answer."""
+        """None where the silo does not answer until `end`."""
+        found: dict[tuple[int, str, int], Source | None] = {}
+        for begin in range(0, len(some), asking.MOST):
+            part = self._part(silo, some[begin : begin + asking.MOST], results, texts, end - time.monotonic())
+            if part is None:
+                return None
+            found |= part
+        return found
+
+    def _part(
+        self, silo: str, some: Sequence[tuple[int, Found]], results: Sequence[Result], texts: bool, seconds: float
+    ) -> dict[tuple[int, str, int], Source | None] | None:
+        if seconds <= 0:
+            return None
         numbers = sorted({i for i, _ in some})
         weights = asking.words([results[i].asked.weights for i in numbers] if texts else [])
         questions = torch.tensor([numbers.index(i) if texts else 0 for i, _ in some], dtype=torch.int32)
         at = torch.tensor([one.at for _, one in some], dtype=torch.int64)
         try:
-            (reply,) = self._asked(asking.fetch, Fetch(self.how.asker, at, weights, questions, texts), [silo])
+            body = Fetch(self.how.asker, at, weights, questions, texts)
+            (reply,) = self.ask(asking.fetch, body, to=[silo], deadline=seconds)
         except RunError:
             return None
         told = zip(some, reply.body.documents, reply.body.sections, reply.body.texts, strict=True)
@@ -189,6 +213,3 @@ class Finder:
             (i, silo, one.at): Source(silo, document, section, text, one.score) if text or (document and not texts) else None
             for (i, one), document, section, text in told
         }
-
-    def _asked(self, work: Any, body: Any, silos: Sequence[str]) -> Iterator[Reply[Any]]:
-        return self.ask(work, body, to=silos, deadline=self.how.deadline)

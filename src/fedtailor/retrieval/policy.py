@@ -30,6 +30,9 @@ class Policy:
     redact: bool = False  # whatever leaves is without names and numbers; with share = "redacted" always
     recognizer: str = ""  # "package.module:function", text -> (begin, end, kind) of what is hidden besides
     statistics: bool = True  # whether it tells in how many passages a word is
+    centroids: Annotated[int, Field(ge=0)] = 32  # means of groups of vectors that it tells at most, for routing
+    noise: Annotated[float, Field(ge=0)] = 1.0  # on them at least, see `routing.centroids`
+    longest: AtLeastOne = 256  # tokens of an answer that its own model writes
     # Of each asker. Who asks is what the server says: one that lies has as many askers as it likes, so the limits that hold
     # against it are those over all askers together.
     questions_per_hour: AtLeastOne | None = None
@@ -40,6 +43,11 @@ class Policy:
     def __post_init__(self) -> None:
         if self.recognizer and not self.redacts:
             raise ValueError('recognizer is set, yet nothing is redacted; set redact = true or share = "redacted" as well')
+
+    @property
+    def limited(self) -> bool:
+        """Whether it is to be kept in mind who asked how much."""
+        return any((self.questions_per_hour, self.words_per_day, self.questions_per_hour_all, self.words_per_day_all))
 
     @property
     def redacts(self) -> bool:

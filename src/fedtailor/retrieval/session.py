@@ -20,8 +20,11 @@ from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment, Running
+from fedtailor.retrieval import store
 from fedtailor.retrieval.answered import Answered, Answerer
 from fedtailor.retrieval.corpus import Corpus
+
+TELLING = 60.0  # seconds in which silos elsewhere tell of their documents, before the first question
 
 
 @dataclass
@@ -79,6 +82,8 @@ def asking(method: Any, engine: Running, base: models.Resident, served: Any = No
 
 def of_indexes(experiment: Experiment, indexes: Mapping[str, Path]) -> Session:
     """Over index files, each a silo, in this process."""
+    for path in indexes.values():
+        store.load(path).db.close()  # what is not there is told now
     base = models.load(experiment.model)
     data = {silo: SiloData((), (), (), corpus=Corpus(silo, experiment.data.documents, path)) for silo, path in indexes.items()}
     experiment.method.ready(base, data)
@@ -110,15 +115,16 @@ def of_run(folder: Path) -> Session:
 def of_federation(experiment: Experiment, kit: Path) -> Iterator[Session]:
     """Over silos elsewhere: the server's kit."""
     base = models.load(experiment.model)
-    experiment.method.ready(base, {})
+    method = replace(experiment.method, telling=experiment.method.telling or TELLING)
+    method.ready(base, {})
     with courier.of(kit) as reached:
         blank = replace(experiment.data, source="", corpus="", public="")  # silos are asked of their documents, not of rows
         opening = Open(f"ask/{secrets.token_hex(8)}", 0, blank, experiment.model, threads=experiment.engine.threads)
         engine = Remote(
-            reached, opening, 1, experiment.engine.deadline, patience=min(experiment.engine.patience, experiment.method.deadline),
+            reached, opening, 1, experiment.engine.deadline, patience=min(experiment.engine.patience, method.deadline),
             model_sha256=base.sha256, tokenizer_sha256=base.tokenizer_sha256, models={"base": base},
         )  # fmt: skip
-        yield asking(experiment.method, engine, base)
+        yield asking(method, engine, base)
 
 
 def plain(model: str, sets: Sequence[str] = ()) -> Experiment:

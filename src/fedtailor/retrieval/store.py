@@ -7,6 +7,7 @@ give what one index over all of them would, ties included. DESIGN.md says what e
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -158,6 +159,12 @@ class Store:
         """SHA-256 of each that passages have vectors by; the index's own is one."""
         return {self.about("embedder_sha256"), *(one for (one,) in self.db.execute("select distinct embedder from others"))}
 
+    def passages(self) -> Iterator[tuple[int, str, Passage]]:
+        """(number, the document's name, passage) of all."""
+        joined = "passages p join documents d on d.id = p.document"
+        for at, name, section, text in self.db.execute(f"select p.id, d.name, p.section, p.text from {joined} order by p.id"):
+            yield at, name, Passage(section, text)
+
     def status(self) -> Status:
         documents = self.db.execute("select count(*) from documents").fetchone()[0]
         passages, words = self.db.execute("select count(*), coalesce(sum(words), 0) from passages").fetchone()
@@ -205,7 +212,7 @@ def make(path: Path, embedder: str, embedder_sha256: str, size: int, cut: tuple[
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "format": FORMAT, "version": 0, "embedder": embedder, "embedder_sha256": embedder_sha256, "size": size,
-        "cut": cut[0], "overlap": cut[1],
+        "cut": cut[0], "overlap": cut[1], "secret": secrets.token_hex(16),  # of the noise on what is told for routing
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".index-") as scratch:
         new = Path(scratch) / "index"

@@ -141,7 +141,7 @@ def answer(resident: Resident, question: str, sources: Sequence[Source], max_new
 
 def quoted(text: str) -> str:
     """What was written, up to where its quotation ends."""
-    text = text.split(ENDED)[0].rstrip()
+    text = FENCE.split(text.split(ENDED)[0], maxsplit=1)[0].rstrip()
     return text.removesuffix('"').rstrip()
 
 
@@ -153,6 +153,11 @@ def written(
     asked = row(resident, question, sources, max_new_tokens, answers.tuned.shift)
     begin = LEAD if sources else ""
     yield from answers.stream(asked, max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, seed=0, begin=begin)
+
+
+def plain(text: str) -> str:
+    """A passage as it is shown in place of an answer: on one line, and no citation of its own."""
+    return " ".join(clean(text).split()).translate(ROUND)
 
 
 def cited(text: str, sources: Sequence[Source], done: bool = True) -> str:
