@@ -106,7 +106,7 @@ class Corpus:
         return None if self.tagged and found[1] not in index.shareable() else found
 
     def book(self, asker: str, questions: int = 0, words: int = 0) -> None:
-        """What is told to whom. Raises SiloError where the policy's limits are reached. A table is there to try things: none hold."""
+        """What is told to whom. Raises SiloError where the policy's limits are reached. Of a table, for trying, none hold."""
         if not self.policy.limited or self.path is None:
             return
         if self.ledger is None:
