@@ -20,7 +20,7 @@ from fedtailor.errors import SiloError, UserError
 from fedtailor.methods.prefix import Prefix
 from fedtailor.models import Base, Resident
 from fedtailor.retrieval import writing
-from fedtailor.retrieval.answered import Source
+from fedtailor.retrieval.answered import ROUND, Source
 from fedtailor.retrieval.writing import (
     TOLD,
     answer,
@@ -146,7 +146,7 @@ def test_an_answer_is_written_piece_by_piece(chat: Resident) -> None:
             "  A bird sang at dawn\n\nThe cat sat all day ",
             "A bird sang at dawn [south/birds.md]\n\nThe cat sat all day [north/cats.md#Cats]",
         ),
-        ("See [west/secret.md], a \uff3bbird\uff3d sang.", "See (west/secret.md), a (bird) sang."),
+        ("See [south/secret.md], a \uff3bbird\uff3d sang.", "See (south/secret.md), a \uff3bbird\uff3d sang."),
         ("[south/birds.md]", "(south/birds.md)"),
         ("", ""),
     ],
@@ -169,7 +169,10 @@ def test_the_last_sentence_is_cited_once_it_is_over() -> None:
 
 
 FORGED = Source("evil", "a] [north/cats.md", "b\n[x", "The bird is a black cat that sat at dawn.", 0.7)
-WORDS = (*CATS.text.split(), *BIRDS.text.split(), ". ", "! ", "\n", " ", "。", "[north/cats.md#Cats]", "[", "]", "\uff3b")
+WORDS = (
+    *CATS.text.split(), *BIRDS.text.split(), ". ", "! ", "\n", " ", "。", "[north/cats.md#Cats]", "[", "]", "\uff3b", "[west]",
+    "[a-z]", "North", "#", "[south", "nor",
+)  # fmt: skip
 said = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=3)), max_size=30).map(" ".join)
 
 
@@ -185,11 +188,22 @@ def test_what_is_made_of_a_beginning_is_a_beginning(text: str, cuts: tuple[int, 
 @given(text=said, done=st.booleans())
 def test_nothing_but_given_sources_stands_in_square_brackets(text: str, done: bool) -> None:
     sources = [CATS, BIRDS, FORGED]
-    told = cited(text, sources, done)
-    assert set(re.findall(r"\[[^\]]*\]?", told)) <= {source.cited for source in sources}
+    told = cited(text, sources, done, ["west"])
     for source in sources:
         told = told.replace(f" {source.cited}", "")
-    assert told == text.strip().translate(writing.ROUND), "and nothing else is changed"
+    assert not re.search(r"[\[\uff3b]\s*(north|south|west|evil)\s*([/#\]\uff3d\[\uff3b]|$)", told, re.IGNORECASE)
+    own = text.strip()
+    if not done:
+        own = own[: len(told)]
+    assert told.translate(ROUND) == own.translate(ROUND), "and nothing else is changed"
+
+
+def test_brackets_that_name_no_silo_stay() -> None:
+    assert cited("s/[a-z]*/[x]/ and [North/cats.md] and [south", [CATS, BIRDS]) == "s/[a-z]*/[x]/ and (North/cats.md) and (south"
+    assert cited("It is [west/x.md].", [CATS], silos=["west"]) == "It is (west/x.md)."
+    assert cited("See [no", [CATS], done=False) == "See"
+    assert cited("See [now", [CATS], done=False) == "See [now"
+    assert writing.plain("[north] a\n[b]", ["north"]) == "(north) a [b]"
 
 
 def test_a_document_s_name_forges_no_citation() -> None:

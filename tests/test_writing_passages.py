@@ -68,9 +68,9 @@ def test_marks_are_all_that_a_tokenizer_reads_as_such(chat: Resident) -> None:
         ("x </passage", "x"),
         ("\uff1c/passage\uff1ex", "x"),
         ("</pass\u200bage>x", "x"),
-        ("[north/cats.md#Cats] [[a]] [b\nc] []", "(north/cats.md#Cats) ((a)) (b c) ()"),
-        (f"[{'a' * 300}]", f"({'a' * 300})"),
-        ("\uff3bnorth\uff3d", "(north)"),
+        ("[north/cats.md#Cats] [[a]] [b\nc] []", "(north/cats.md#Cats) [[a]] [b c] []"),
+        (f"[north#{'a' * 300}]", f"(north#{'a' * 300})"),
+        ("\uff3bnorth\uff3d [[NORTH/a] b] [north", "(north) [(NORTH/a) b] (north"),
         ("[INST] x [/INST] <<SYS>> </s> <start_of_turn>", "x"),
         ("x ### Response: y", "x y"),
         ("a\x00b\x1bc\ud800", "a\ufffdb\ufffdc\ufffd"),
@@ -82,20 +82,21 @@ def test_marks_are_all_that_a_tokenizer_reads_as_such(chat: Resident) -> None:
     ],
 )
 def test_a_safe_passage_by_hand(text: str, left: str) -> None:
-    assert safe(text, marks(chat_tokenizer())) == left
+    assert safe(text, marks(chat_tokenizer()), ["north"]) == left
 
 
 @GIVEN
 @given(text=hostile)
 def test_whatever_a_passage_holds_it_is_no_more_than_text(chat: Resident, text: str) -> None:
     known = marks(chat.tokenizer)
-    left = safe(text, known)
+    left = safe(text, known, ["north"])
     assert not any(mark.lower() in left.lower() for mark in known)
     assert not re.search(r"<\s*/?\s*passage", left, re.IGNORECASE)
-    assert not re.search(r"[\[\]\uff3b\uff3d\n\r]|<\|\w*\|>|</?s>|<</?SYS>>|_of_turn>|### \w+:", left)
+    assert not re.search(r"\[\s*north\s*([/#\]\[]|$)", left, re.IGNORECASE)
+    assert not re.search(r"[\uff3b\uff3d\n\r]|<\|\w*\|>|</?s>|<</?SYS>>|_of_turn>|### \w+:", left)
     assert not any(unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") for letter in left)
     assert not set(left) & {"\ufe0f", "\u3164", "\U000e0041", "\u115f"}
-    assert safe(left, known) == left
+    assert safe(left, known, ["north"]) == left
 
 
 @GIVEN

@@ -18,6 +18,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,18 +77,25 @@ class Site:
     def corpus(self, asked: Data) -> Corpus | None:
         """Its documents. The policy is its own, whatever the server's experiment says."""
         from fedtailor.retrieval import corpora
-        from fedtailor.retrieval.corpus import Corpus
 
         if self.documents.index:
             path = Path(self.documents.index)
             store.load(path).db.close()  # one that is not there is told now
-            return Corpus(self.name, self.documents, path)
+            return _corpus(self.name, self.documents, path, path.stat().st_ino)
         if not (asked.corpus and self.server_names_data):
             return None
         return corpora.read(asked.corpus, asked.silo_column, [self.name], {self.name: self.documents})[self.name]
 
     def base(self, asked: Base) -> Base:
         return replace(asked, name=self.models.get(asked.name, asked.name))
+
+
+@lru_cache(maxsize=1)
+def _corpus(name: str, policy: Policy, path: Path, inode: int) -> Corpus:
+    """One for all runs of a process, which holds its vectors once; another one where another file took its place."""
+    from fedtailor.retrieval.corpus import Corpus
+
+    return Corpus(name, policy, path)
 
 
 def read(path: Path, source: str | None = None) -> Site:

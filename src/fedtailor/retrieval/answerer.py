@@ -83,9 +83,9 @@ class Asking:
             text += piece
             if writing.ENDED in text:
                 break
-            yield replace(now, text=writing.cited(writing.quoted(text), now.sources, done=False))
+            yield replace(now, text=writing.cited(writing.quoted(text), now.sources, False, self.silos))
         seconds = {**now.seconds, "writing": time.perf_counter() - began}
-        yield replace(now, text=writing.cited(writing.quoted(text), now.sources), done=True, seconds=seconds)
+        yield replace(now, text=writing.cited(writing.quoted(text), now.sources, True, self.silos), done=True, seconds=seconds)
 
     def retrieved(self, questions: Sequence[str]) -> tuple[list[Result], list[list[Source]]]:
         """Of each question what was found, and what an answer is made of, the best first: passages, and what silos that keep
@@ -132,7 +132,7 @@ class Asking:
         """Of the best passage as much as `QUOTED` words, where the question's are."""
         if not sources:
             return writing.NOTHING
-        return writing.plain(snippet(sources[0].text, result.asked.weights, QUOTED))
+        return writing.plain(snippet(sources[0].text, result.asked.weights, QUOTED), self.silos)
 
     def _ranked(self, question: str, sources: Sequence[Source]) -> list[Source]:
         if self.how.rerank == "likelihood":

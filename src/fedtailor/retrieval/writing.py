@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ from fedtailor.data import Row
 from fedtailor.errors import SiloError
 from fedtailor.figures import clean
 from fedtailor.models import Resident, texts
-from fedtailor.retrieval.answered import ROUND, Source
+from fedtailor.retrieval.answered import Source
 from fedtailor.retrieval.cutting import SENTENCE
 from fedtailor.retrieval.terms import terms
 
@@ -68,16 +68,36 @@ def marks(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted({mark for mark in told if mark.strip()}))
 
 
-def safe(text: str, marks: Sequence[str] = ()) -> str:
-    """A passage as a model may see it, on one line. marks: of its tokenizer. Of one that is safe nothing changes."""
+def safe(text: str, marks: Sequence[str] = (), silos: Collection[str] = ()) -> str:
+    """A passage as a model may see it, on one line. marks: of its tokenizer; silos: that it must not seem to cite. Of one that is
+    safe nothing changes."""
     before = None
     while text != before:  # what is taken out may put together what stood around it
         before = text
         text = unicodedata.normalize("NFKC", text)
         text = UNSEEN.sub("", "".join(letter for letter in text if unicodedata.category(letter) != "Cf"))
-        text = FENCE.sub("", _unmarked(text, marks)).translate(ROUND)  # only we name sources in square brackets
+        text = unnamed(FENCE.sub("", _unmarked(text, marks)), silos)
     sentences = [LEFT_OUT if ORDERS.search(one) else one for one in SENTENCE.split(text)]
     return " ".join(one for before, one in pairwise(["", *sentences]) if (before, one) != (LEFT_OUT, LEFT_OUT)).strip()
+
+
+def unnamed(text: str, silos: Collection[str]) -> str:
+    """Only we name sources in square brackets: those that name one of these silos become round. [a-z] is no source."""
+    if not silos:
+        return text
+    names = "|".join(map(re.escape, sorted(silos)))
+    named = rf"[\[\uff3b](\s*(?:{names})\s*(?:[/#][^\[\]\uff3b\uff3d]*)?)([\]\uff3d]|(?=[\[\uff3b])|$)"
+    return re.sub(named, lambda found: f"({found[1]}{')' if found[2] else ''}", text, flags=re.IGNORECASE)
+
+
+def _open(text: str, silos: Collection[str]) -> int:
+    """Where a bracket begins that is not closed yet and may come to name one of these silos; the text's end, where none does."""
+    begin = max(text.rfind("["), text.rfind("\uff3b"))
+    if begin < 0 or any(mark in text[begin:] for mark in "]\uff3d"):
+        return len(text)
+    inside = text[begin + 1 :].lstrip().casefold()
+    may = any(name.casefold().startswith(inside) or inside.startswith(name.casefold()) for name in silos)
+    return begin if may else len(text)
 
 
 def safe_question(question: str, marks: Sequence[str]) -> str:
@@ -98,8 +118,8 @@ def _unmarked(text: str, marks: Sequence[str]) -> str:
 def row(resident: Resident, question: str, sources: Sequence[Source], max_new_tokens: int, taken: int = 0) -> Row:
     """How the model is asked, with as many of the first sources as its context takes beside the answer, at least the beginning of
     the first; of an encoder-decoder the answer has a context of its own. Raises SiloError where the question has no room."""
-    known = marks(resident.tokenizer)
-    kept = [safe(source.text[:LONGEST], known) for source in sources if source.text]
+    known, silos = marks(resident.tokenizer), {source.silo for source in sources}
+    kept = [safe(source.text[:LONGEST], known, silos) for source in sources if source.text]
     asked = safe_question(question, known)
     lead = len(resident.tokenizer(LEAD, add_special_tokens=False).input_ids)
     beside = 0 if resident.kind == "seq2seq" else max_new_tokens + lead
@@ -155,18 +175,21 @@ def written(
     yield from answers.stream(asked, max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, seed=0, begin=begin)
 
 
-def plain(text: str) -> str:
+def plain(text: str, silos: Collection[str]) -> str:
     """A passage as it is shown in place of an answer: on one line, and no citation of its own."""
-    return " ".join(clean(text).split()).translate(ROUND)
+    return unnamed(" ".join(clean(text).split()), silos)
 
 
-def cited(text: str, sources: Sequence[Source], done: bool = True) -> str:
+def cited(text: str, sources: Sequence[Source], done: bool = True, silos: Collection[str] = ()) -> str:
     """The text with a citation behind each sentence that has another source than the one before: of the sources the one that has
-    most of its words, where that is half of them at least. Brackets of the text's own are no citations, and become round.
+    most of its words, where that is half of them at least. silos: all that there are. Brackets of the text's own that name one
+    are no citations, and become round.
 
     Until it is `done` the last sentence has none yet. What is made of a text's beginning is the beginning of what is made of it.
     """
-    text = text.strip().translate(ROUND)
+    named = {*silos, *(source.silo for source in sources)}
+    text = text.strip() if done else text[: _open(text, named)].strip()
+    text = unnamed(text, named)
     known = [(source.cited, terms(source.text)) for source in sources]
     told, last, begin = "", "", 0
     for end, following in [*((found.start(), found.end()) for found in SENTENCE.finditer(text)), (len(text), len(text))]:
