@@ -111,6 +111,7 @@ def test_counts_that_must_not_be_used() -> None:
     assert "out of bounds" in str(replace(fine, having=torch.tensor([4], dtype=torch.int32)).problem(asked))
     assert "go together" in str(replace(fine, terms=torch.tensor([4, 5])).problem(asked))
     assert "not finite" in str(replace(fine, centroids=torch.tensor([[float("inf")]])).problem(asked))
+    assert "not finite" in str(replace(fine, centroids=torch.tensor([[3e38]])).problem(asked))
     assert "other types" in str(replace(fine, passages=float("nan")).problem(asked))
     assert "go together" in str(replace(fine, terms=torch.tensor([[4]])).problem(asked))
     assert "another embedder" in str(replace(fine, sha256="other").problem(asked))
@@ -215,24 +216,26 @@ def test_of_words_that_are_hidden_nothing_is_told(made: dict[str, Path], embedde
     assert next(iter(terms("dawn"))) in found.terms.tolist()
     up = asking.search(silo(corpus), searching(embedder, "Ann Lee 555 1234"))
     assert up.words.tolist() == [0.0] * len(up.words)
+    assert next(iter(terms("name"))) not in found.terms.tolist(), "what stands in their place is no word of the documents"
 
 
-def test_a_second_snippet_does_not_complete_a_first(made: dict[str, Path], embedder: str) -> None:
-    corpus, body = Corpus("south", Policy(share="snippets", words=2), made["south"]), searching(embedder, LATE)
-    up = asking.search(silo(corpus), body)
-    best = up.at[int(up.words.argmax())]
-    words = asking.words([dict.fromkeys(terms(text), 1.0) for text in ("bird", "dawn", "heard")])
-    told_ = asking.fetch(silo(corpus), Fetch("me", best.repeat(3), words, torch.tensor([0, 1, 2], dtype=torch.int32)))
-    assert len(set(told_.texts)) == 1
+def test_a_name_that_is_a_word_elsewhere_is_found_there_alone(tmp_path: Path, embedder: str) -> None:
+    texts = {"a.md": "Yesterday old Rose Brown called the ward.", "b.md": "A rose is brown in autumn, said the gardener."}
+    path = indexes(tmp_path, embedder, {"south": texts})["south"]
+    corpus = Corpus("south", Policy(share="redacted"), path)
+    assert next(iter(terms("rose"))) in told(corpus, embedder).terms.tolist()
+    up = asking.search(silo(corpus), searching(embedder, "rose"))
+    assert [bool(score) for score in up.words.tolist()] == [False, True]
 
 
 def test_a_policy_bounds_what_is_told_for_routing(tmp_path: Path, embedder: str) -> None:
-    """However many means without noise a server asks for; and the same index tells the same, so that no mean of many helps."""
+    """However many means a server asks for; and the same index tells the same, so that no mean of many helps."""
     many = {"west": {"a.md": "".join(f"# Part {i}\nOak number {i} grows.\n\n" for i in range(40))}}
     path = indexes(tmp_path, embedder, many)["west"]
     corpus = Corpus("west", Policy(centroids=2, noise=1.0), path)
-    first, again = (told(corpus, embedder, centroids=10**6, noise=0.0).centroids for _ in range(2))
+    first, again = (told(corpus, embedder, centroids=10**6).centroids for _ in range(2))
     assert len(first) == 2
+    assert torch.equal(told(corpus, embedder, centroids=1).centroids, first[:1]), "no other draw, whatever is asked"
     assert torch.equal(first, again)
     plain = told(Corpus("west", Policy(centroids=2, noise=0.0), path), embedder, centroids=10**6).centroids
     assert not torch.allclose(first, plain, atol=1e-3)

@@ -204,6 +204,16 @@ def test_a_silo_lost_between_search_and_fetch_is_made_up_for(made: dict[str, Pat
     assert set(result.missing) == {"west"}
 
 
+def test_a_passage_that_is_gone_gives_way_to_the_next(made: dict[str, Path], embedder: str) -> None:
+    one = opened(made, embedder, words_share=1.0)
+    (result,) = one.find(["oak grows cat"])
+    for name in ("west", "north"):  # of all that these found nothing is there any more
+        one.ask.engine.desks[name].data.corpus.shown.clear()  # type: ignore[attr-defined]
+    (sources,) = one.sources([result], 2)
+    assert {source.silo for source in sources} == {"south"}
+    assert result.missing == {}
+
+
 def test_no_silo_answers(made: dict[str, Path], embedder: str) -> None:
     one = opened(made, embedder)
     one.ask = Losing(one.ask, {"search": {"north", "south", "west"}})

@@ -26,6 +26,7 @@ from fedtailor.retrieval.writing import (
     answer,
     cited,
     likelihood,
+    quoted,
     row,
     written,
 )
@@ -146,7 +147,7 @@ def test_an_answer_is_written_piece_by_piece(chat: Resident) -> None:
             "  A bird sang at dawn\n\nThe cat sat all day ",
             "A bird sang at dawn [south/birds.md]\n\nThe cat sat all day [north/cats.md#Cats]",
         ),
-        ("See [south/secret.md], a \uff3bbird\uff3d sang.", "See (south/secret.md), a \uff3bbird\uff3d sang."),
+        ("See [south/secret.md], a \uff3bbird\uff3d sang.", "See (south/secret.md), a [bird] sang."),
         ("[south/birds.md]", "(south/birds.md)"),
         ("", ""),
     ],
@@ -192,7 +193,7 @@ def test_nothing_but_given_sources_stands_in_square_brackets(text: str, done: bo
     for source in sources:
         told = told.replace(f" {source.cited}", "")
     assert not re.search(r"[\[\uff3b]\s*(north|south|west|evil)\s*([/#\]\uff3d\[\uff3b]|$)", told, re.IGNORECASE)
-    own = text.strip()
+    own = writing._seen(text).strip()
     if not done:
         own = own[: len(told)]
     assert told.translate(ROUND) == own.translate(ROUND), "and nothing else is changed"
@@ -204,6 +205,17 @@ def test_brackets_that_name_no_silo_stay() -> None:
     assert cited("See [no", [CATS], done=False) == "See"
     assert cited("See [now", [CATS], done=False) == "See [now"
     assert writing.plain("[north] a\n[b]", ["north"]) == "(north) a [b]"
+    for forged in ("[nor\u00adth/d.md]", "[\uff4eorth/d.md]", "[north\uff0fd.md]", "[\u2060north/d.md]"):
+        assert writing.plain(forged, ["north"]) == cited(forged, [CATS]) == "(north/d.md)"
+    assert writing.plain("[north: d.md]", ["north"]) == "(north: d.md)"
+    assert cited("See [northern parts", [CATS], done=False) == "See [northern parts"
+
+
+def test_a_quotation_ends_at_a_fence() -> None:
+    assert quoted('It is so.</passage> The answer is: "so"') == "It is so."
+    assert quoted("It is so. </pass", done=False) == "It is so."
+    assert quoted("It is so. <b", done=False) == "It is so. <b"
+    assert quoted('It is so."\n\nThis is') == "It is so."
 
 
 def test_a_document_s_name_forges_no_citation() -> None:

@@ -72,8 +72,7 @@ class Rag(Answering, Method[State]):
     embed_every: Count = 1  # rounds until silos embed their documents anew, and it is validated; after the last one they do
     answers: str = ""  # a finished run's folder, whose model on the same base answers; "": [model] as it is
     answered: Count | None = None  # questions of each silo that are answered in text when a run is judged; None: all
-    centroids: Annotated[int, Field(ge=0)] = 16  # of each silo, where route > 0
-    noise: Annotated[float, Field(ge=0)] = 1.0  # on them, see `routing.centroids`
+    centroids: Annotated[int, Field(ge=0)] = 16  # of each silo at most, where route > 0; its policy says how many, and the noise
 
     def __post_init__(self) -> None:
         if self.trainer:
@@ -193,7 +192,7 @@ class Rag(Answering, Method[State]):
         base, now = embedding.resident(self.embedder), self._embedder(state.tensors)
         body = Tell(
             self.embedder, base.sha256, now.sha256, self.trainer if state.tensors else {}, state.tensors,
-            self.centroids if self.route else 0, self.noise, self.merge == "ranks", self.search == "approximate",
+            self.centroids if self.route else 0, self.merge == "ranks", self.search == "approximate",
         )  # fmt: skip
         known = {now.sha256, *(embedding.resident(name).sha256 for name in self.embedders)}
         told = dict[str, Told]()
@@ -203,10 +202,10 @@ class Rag(Answering, Method[State]):
             else:
                 what = f"{reply.body.embedder!r} ({reply.body.sha256[:12]})"
                 progress.line(f"{reply.silo} is left out: it embeds by {what}; name its model in method.embedders")
-        if not told and not state.told:
+        if not told:
             raise RunError("no silo told of its documents: none embeds by a model of method.embedder or method.embedders")
         # a silo that does not answer now is not forgotten: what it told before may still hold
-        kept = {silo: one for silo, one in state.told.items() if silo not in told and not state.tensors}
+        kept = {silo: one for silo, one in state.told.items() if silo not in told and one.sha256 in known}
         return replace(state, told=dict(sorted({**kept, **told}.items())))
 
     def _other(self) -> Any:

@@ -83,7 +83,7 @@ class Asking:
             text += piece
             if writing.ENDED in text:
                 break
-            yield replace(now, text=writing.cited(writing.quoted(text), now.sources, False, self.silos))
+            yield replace(now, text=writing.cited(writing.quoted(text, False), now.sources, False, self.silos))
         seconds = {**now.seconds, "writing": time.perf_counter() - began}
         yield replace(now, text=writing.cited(writing.quoted(text), now.sources, True, self.silos), done=True, seconds=seconds)
 

@@ -55,8 +55,7 @@ class Tell:
     wanted: str  # of it as it is now: what silos say that they search by
     trainer: Mapping[str, Any] = field(default_factory=dict)  # how the embedder was trained, as [method.trainer]; {}: it was not
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    centroids: int = 0  # 0: no routing
-    noise: float = 0.0
+    centroids: int = 0  # at most; 0: no routing
     any_embedder: bool = False  # each silo may have one of its own: ranks are fused, not scores
     approximate: bool = False  # searches will be: what they need is made now, as no question waits
 
@@ -87,7 +86,8 @@ class Told:
             return "counts are out of bounds"
         if bool((self.having < 1).any()) or bool((self.having > self.passages).any()):
             return "counts are out of bounds"
-        if self.centroids.dim() != 2 or self.centroids.dtype != torch.float32 or not bool(self.centroids.isfinite().all()):
+        means = self.centroids
+        if means.dim() != 2 or means.dtype != torch.float32 or not bool((means.abs() <= 1e6).all()):  # NaN is not, either
             return "centroids are not finite numbers"
         if len(self.centroids) > asked.centroids:
             return f"{len(self.centroids)} centroids, asked {asked.centroids}"
@@ -243,12 +243,13 @@ def tell(silo: Silo, body: Tell) -> Told:
         searcher = mine.told(model)
         with searcher.index.snapshot():
             known = mine.visible()
-            vectors, version = searcher.table().vectors, searcher.index.about("version")
+            vectors = searcher.table().vectors if body.centroids else np.zeros((0, 0), np.int16)
         if body.approximate:
             searcher.graph()
-        place = f"{searcher.index.about('secret')} {version} {model.sha256}"
+        place = f"{searcher.index.version} {model.sha256}"
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7])
-        means = routing.centroids(vectors, min(body.centroids, policy.centroids), max(body.noise, policy.noise), seed)
+        # nothing that a server chooses is in the draw: of two that it could compare, the noise would fall out
+        means = routing.centroids(vectors, policy.centroids, policy.noise, seed)[: body.centroids]
         terms = sorted(known.having) if policy.statistics else []
         having = torch.tensor([known.having[term] for term in terms], dtype=torch.int32)
         return Told(
@@ -266,11 +267,12 @@ def search(silo: Silo, body: Search) -> Hits:
         if not 1 <= body.most <= MOST:
             raise SiloError(f"{body.most} candidates: from 1 to {MOST} may be asked for")
         mine.book(body.asker, questions=len(body.vectors))
-        shown = mine.visible().having if mine.policy.redacts else None  # of words that it hides it does not say where they are
+        if mine.policy.redacts:
+            with searcher.index.snapshot():
+                mine.visible()
         found = list[list[Found]]()
         for i, vector in enumerate(body.vectors.numpy()):
-            weights = {term: weight for term, weight in body.words.of(i).items() if shown is None or term in shown}
-            asked = Question(vector, weights, body.mean_words, body.words_share)
+            asked = Question(vector, body.words.of(i), body.mean_words, body.words_share)
             some = searcher.search(asked, body.most, body.approximate)
             found.append(sorted(some, key=lambda one: one.place))
         every = [one for some in found for one in some]
@@ -285,25 +287,23 @@ def search(silo: Silo, body: Search) -> Hits:
 
 @in_silo(memory=False)
 def fetch(silo: Silo, body: Fetch) -> Passages:
-    """Of passages that were found; of one that is named twice the same twice, so that no second snippet completes a first."""
+    """Of passages that this asker found."""
     with its_own():
         mine = corpus(silo)
         policy, numbers = mine.policy, body.at.tolist()
         if len(numbers) > MOST:
             raise SiloError(f"{len(numbers)} passages in one request: {MOST} at most")
-        told = dict[int, tuple[str, str, str]]()
+        told = list[tuple[str, str, str]]()
         for at, question in zip(numbers, body.questions.tolist(), strict=True):
-            if at in told and policy.share == "snippets":
-                continue
             one = mine.passage(at, body.asker) if policy.share != "answers" else None
             if one is None:
-                told[at] = "", "", ""
+                told.append(("", "", ""))
                 continue
             number, document, passage = one
             text = let_out(policy, passage.text, body.words.of(question)) if body.texts else ""
-            told[at] = *cited(policy, document, number, passage.section), text
-        mine.book(body.asker, words=sum(counted(part) for at in numbers for part in told[at]))
-    return Passages(*(tuple(told[at][part] for at in numbers) for part in range(3)))
+            told.append((*cited(policy, document, number, passage.section), text))
+        mine.book(body.asker, words=sum(counted(part) for parts in told for part in parts))
+    return Passages(*(tuple(parts[i] for parts in told) for i in range(3)))
 
 
 @in_silo(memory=False)
@@ -314,8 +314,8 @@ def say(silo: Silo, body: Say) -> Saying:
         policy = mine.policy
         if policy.share != "answers":
             raise SiloError("it lets out passages, and does not answer by itself")
-        if len(body.question) > QUESTION or len(body.at) > MOST:
-            raise SiloError(f"a question has {QUESTION} letters at most, and {MOST} passages")
+        if len(body.question) > QUESTION or len(body.at) > MOST or body.max_new_tokens < 1:
+            raise SiloError(f"a question has {QUESTION} letters at most, {MOST} passages, and an answer of one token or more")
         most = min(body.max_new_tokens, policy.longest)
         mine.book(body.asker, questions=1, words=most)  # before anything is written; a token is a word at most
         found = [one for at in body.at.tolist() if (one := mine.passage(at, body.asker)) is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,8 @@ from fedtailor.retrieval.scoring import Searcher, Statistics, statistics
 from fedtailor.retrieval.store import Store
 from fedtailor.retrieval.terms import terms
 
-SHOWN, ASKERS = 100_000, 1_000  # passages that an asker may fetch after finding them; askers that this is known of
+SHOWN = 200_000  # passages that may be fetched after they were found, by whom they were
+HIDDEN = re.compile(r"\[[a-z-]+\]")  # what redaction puts in place of a word
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Corpus:
     parts: Mapping[str, Corpus] = field(default_factory=dict)  # silo -> its corpus, all as one: documents are named silo/document
     store: Store | None = None  # open
     ledger: Ledger | None = None
-    shown: dict[str, dict[int, None]] = field(default_factory=dict)  # by asker: passages that it found, the latest last
+    shown: dict[tuple[str, int], None] = field(default_factory=dict)  # asker and passage that it found, the latest last
+    left: dict[int, frozenset[int]] = field(default_factory=dict)  # see `_left`
     counted: tuple[str, Statistics] | None = None  # of a version of the index
     held: dict[str, Searcher] = field(default_factory=dict)  # by the embedder's SHA-256
 
@@ -91,13 +94,15 @@ class Corpus:
             index = self.index()
             if embedder_sha256 not in index.embedders():
                 raise SiloError(self._unlike("another", embedder_sha256))
-            self.held[embedder_sha256] = Searcher(index, self.silo, embedder_sha256, self.tagged)
+            # of words that it hides it does not say where they are
+            shown = (lambda at: self.left.get(at, frozenset())) if self.policy.redacts else None
+            self.held[embedder_sha256] = Searcher(index, self.silo, embedder_sha256, self.tagged, shown)
         return self.held[embedder_sha256]
 
     def passage(self, at: int, asker: str) -> tuple[int, str, Passage] | None:
         """As the index has it; None where this asker did not find it lately, where it is gone, or not to be searched."""
         index = self.index()
-        if asker not in self.shown or at not in self.shown[asker]:
+        if (asker, at) not in self.shown:
             return None
         try:
             found = index.passage(at)
@@ -114,32 +119,41 @@ class Corpus:
         self.ledger.take(self.policy, asker, time.time(), questions, words)
 
     def show(self, asker: str, found: Iterable[int]) -> None:
-        """Who asks may fetch these passages from now on, the last `SHOWN` of them."""
-        seen = self.shown.setdefault(asker, {})
+        """Who asks may fetch these passages from now on: of all that was found by anyone the last `SHOWN`."""
         for at in found:
-            seen.pop(at, None)
-            seen[at] = None
-        for at in list(seen)[: max(0, len(seen) - SHOWN)]:
-            del seen[at]
-        for other in list(self.shown)[: max(0, len(self.shown) - ASKERS)]:
-            del self.shown[other]
+            self.shown.pop((asker, at), None)
+            self.shown[asker, at] = None
+        for old in list(self.shown)[: max(0, len(self.shown) - SHOWN)]:
+            del self.shown[old]
 
     def visible(self) -> Statistics:
         """How words are spread, as far as the policy shows them: where it redacts, in what is left of the passages. In a snapshot
         that the caller took."""
-        index, version = self.index(), self.index().about("version")
-        if self.counted is None or self.counted[0] != version:
+        index = self.index()
+        if self.counted is None or self.counted[0] != index.version:
             if self.policy.redacts:
-                known = statistics(index, (), self.tagged)
-                having, shareable, more = Counter[int](), index.shareable(), self.policy.recognizer
-                for _, document, passage in index.passages():
-                    if not self.tagged or document in shareable:
-                        left = Passage(redacted_title(passage.section, more), redacted(passage.text, more))
-                        having.update(set(terms(left.indexed)))
-                self.counted = version, replace(known, having=having)
+                known, having = statistics(index, (), self.tagged), Counter[int]()
+                for left in self._left(index).values():
+                    having.update(left)
+                self.counted = index.version, replace(known, having=having)
             else:
-                self.counted = version, statistics(index, None, self.tagged)
+                self.counted = index.version, statistics(index, None, self.tagged)
         return self.counted[1]
+
+    def _left(self, index: Store) -> dict[int, frozenset[int]]:
+        """passage -> the words that are left of it; a passage never changes, so that only new ones are redacted."""
+        shareable, more, now = index.shareable(), self.policy.recognizer, dict[int, frozenset[int]]()
+        if self.counted is not None and self.counted[0].rpartition(" ")[0] != index.about("secret"):  # another file
+            self.left = {}
+        for at, document, passage in index.passages():
+            if self.tagged and document not in shareable:
+                continue
+            if at not in self.left:
+                left = Passage(redacted_title(passage.section, more), redacted(passage.text, more))
+                self.left[at] = frozenset(terms(HIDDEN.sub(" ", left.indexed)))
+            now[at] = self.left[at]
+        self.left = now
+        return now
 
     def _unlike(self, name: str, sha256: str) -> str:
         own = self.index()

@@ -23,9 +23,10 @@ from fedtailor.retrieval.answered import Source
 from fedtailor.retrieval.asking import Fetch, Say, Search, Told
 from fedtailor.retrieval.embedding import Embedder
 from fedtailor.retrieval.scoring import Found, Question, Statistics
+from fedtailor.retrieval.terms import terms
 
 Count = Annotated[int, Field(ge=1)]
-WRITING = 6  # deadlines that a silo has to answer by itself
+WRITING, LEAST = 6, 0.5  # deadlines that a silo has to answer by itself; seconds that each has to send passages
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -111,8 +112,10 @@ class Finder:
                         wanted[one.silo].append((i, one))
             if not wanted:
                 break
-            for silo, winners in wanted.items():
-                fetched = self._fetched(silo, winners, results, texts, end)
+            for count, (silo, winners) in enumerate(wanted.items()):
+                # one after the other, each with its share of what time is left: one that is slow takes no other's
+                share = (end - time.monotonic()) / (len(wanted) - count)
+                fetched = self._fetched(silo, winners, results, texts, time.monotonic() + max(share, LEAST))
                 if fetched is None:
                     lost.add(silo)
                     for result in results:
@@ -209,7 +212,7 @@ class Finder:
         except RunError:
             return None
         told = zip(some, reply.body.documents, reply.body.sections, reply.body.texts, strict=True)
-        return {
-            (i, silo, one.at): Source(silo, document, section, text, one.score) if text or (document and not texts) else None
+        return {  # where no word comes, another passage takes its place
+            (i, silo, one.at): Source(silo, document, section, text, one.score) if terms(text if texts else document) else None
             for (i, one), document, section, text in told
         }

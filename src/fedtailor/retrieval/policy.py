@@ -30,8 +30,8 @@ class Policy:
     redact: bool = False  # whatever leaves is without names and numbers; with share = "redacted" always
     recognizer: str = ""  # "package.module:function", text -> (begin, end, kind) of what is hidden besides
     statistics: bool = True  # whether it tells in how many passages a word is
-    centroids: Annotated[int, Field(ge=0)] = 32  # means of groups of vectors that it tells at most, for routing
-    noise: Annotated[float, Field(ge=0)] = 1.0  # on them at least, see `routing.centroids`
+    centroids: Annotated[int, Field(ge=0)] = 16  # means of groups of vectors that it tells, for routing
+    noise: Annotated[float, Field(ge=0)] = 1.0  # on them, see `routing.centroids`
     longest: AtLeastOne = 256  # tokens of an answer that its own model writes
     # Of each asker. Who asks is what the server says: one that lies has as many askers as it likes, so the limits that hold
     # against it are those over all askers together.

@@ -7,7 +7,7 @@ were searched apart, united, are those of one index over all their passages, in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -103,12 +103,15 @@ class Table:
     order: npt.NDArray[np.int64]  # which sorts `ids`
     words: Numbers  # (passages,) of each
     vectors: Vectors  # (passages, size)
+    shown: Callable[[int], Collection[int]] | None = None  # passage -> the words that it may be found by; None: by all
     postings: dict[int, tuple[npt.NDArray[np.int64], Numbers]] = field(default_factory=dict)  # of words that were asked for
 
     def having(self, index: Store, term: int) -> tuple[npt.NDArray[np.int64], Numbers]:
         """Places of the passages that have it, and how often each does. Read once: frequent words are asked for all the time."""
         if term not in self.postings:
             rows = index.db.execute("select passage, count from postings where term = ?", (term,)).fetchall()
+            if self.shown is not None:
+                rows = [row for row in rows if term in self.shown(row[0])]
             pairs = np.array(rows, np.int64).reshape(-1, 2)
             places = self.order[np.searchsorted(self.ids, pairs[:, 0], sorter=self.order).clip(max=len(self.ids) - 1)]
             held = self.ids[places] == pairs[:, 0]  # all of them, but where some documents alone are searched
@@ -120,10 +123,14 @@ class Searcher:
     """An index, and of it in memory what searching needs, read anew where it changed.
 
     embedder: SHA-256 of the one whose vectors are searched; "": the index's own. shareable: documents with this tag alone.
+    shown: as of `Table`.
     """
 
-    def __init__(self, index: Store, silo: str = "", embedder: str = "", shareable: bool = False) -> None:
-        self.index, self.silo, self.embedder, self.shareable = index, silo, embedder, shareable
+    def __init__(
+        self, index: Store, silo: str = "", embedder: str = "", shareable: bool = False,
+        shown: Callable[[int], Collection[int]] | None = None,
+    ) -> None:  # fmt: skip
+        self.index, self.silo, self.embedder, self.shareable, self.shown = index, silo, embedder, shareable, shown
         self.held: Table | None = None
         self.near: tuple[str, Graph] | None = None  # of which version
 
@@ -135,8 +142,8 @@ class Searcher:
 
     def table(self) -> Table:
         """In a snapshot that the caller took."""
-        if self.held is None or self.held.version != self.index.about("version"):
-            self.held = _table(self.index, self.embedder, self.shareable)
+        if self.held is None or self.held.version != self.index.version:
+            self.held = replace(_table(self.index, self.embedder, self.shareable), shown=self.shown)
         return self.held
 
     def graph(self) -> Graph | None:
@@ -147,7 +154,8 @@ class Searcher:
             self.near = None
             return None
         if self.near is None or self.near[0] != held.version:
-            graph = self.near[1] if self.near else Graph(held.vectors.shape[1])
+            same = self.near is not None and self.near[0].rpartition(" ")[0] == held.version.rpartition(" ")[0]  # the same file
+            graph = self.near[1] if self.near and same else Graph(held.vectors.shape[1])
             self.near = None  # should it be broken off
             graph.follow(held.ids, held.vectors)
             self.near = held.version, graph
@@ -169,7 +177,7 @@ def _table(index: Store, embedder: str = "", shareable: bool = False) -> Table:
     rows = index.db.execute(ordered, () if own else (embedder,)).fetchall()
     vectors = np.frombuffer(b"".join(row[2] for row in rows), np.int16).reshape(len(rows), int(index.about("size")))
     ids = np.array([row[0] for row in rows], np.int64)
-    return Table(index.about("version"), ids, ids.argsort(), np.array([row[1] for row in rows], np.float64), vectors)
+    return Table(index.version, ids, ids.argsort(), np.array([row[1] for row in rows], np.float64), vectors)
 
 
 def _searched(index: Store, held: Table, asked: Question, most: int, silo: str, graph: Graph | None = None) -> list[Found]:

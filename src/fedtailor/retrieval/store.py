@@ -67,6 +67,11 @@ class Store:
         row = self.db.execute("select value from about where key = ?", (key,)).fetchone()
         return row[0] if row else ""
 
+    @property
+    def version(self) -> str:
+        """Of what it holds: another one after each change, and in another file."""
+        return f"{self.about('secret')} {self.about('version')}"
+
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """All that is read within is of one state, whatever another process does meanwhile."""

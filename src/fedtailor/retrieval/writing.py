@@ -53,6 +53,7 @@ MARK = re.compile(  # of chat templates, whatever the model's own is
     re.IGNORECASE,
 )
 FENCE = re.compile(r"<\s*/?\s*passage([^<>]{0,100}>)?", re.IGNORECASE)
+FENCE_TO_BE = re.compile(r"<\s*/?\s*(p(a(s(s(a(g)?)?)?)?)?)?$", re.IGNORECASE)
 # that no page shows, besides those of format (Cf): fillers, selectors of variants, and what Unicode keeps for such
 UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
@@ -86,7 +87,7 @@ def unnamed(text: str, silos: Collection[str]) -> str:
     if not silos:
         return text
     names = "|".join(map(re.escape, sorted(silos)))
-    named = rf"[\[\uff3b](\s*(?:{names})\s*(?:[/#][^\[\]\uff3b\uff3d]*)?)([\]\uff3d]|(?=[\[\uff3b])|$)"
+    named = rf"[\[\uff3b](\s*(?:{names})\s*(?:[/#:][^\[\]\uff3b\uff3d]*)?)([\]\uff3d]|(?=[\[\uff3b])|$)"
     return re.sub(named, lambda found: f"({found[1]}{')' if found[2] else ''}", text, flags=re.IGNORECASE)
 
 
@@ -95,9 +96,16 @@ def _open(text: str, silos: Collection[str]) -> int:
     begin = max(text.rfind("["), text.rfind("\uff3b"))
     if begin < 0 or any(mark in text[begin:] for mark in "]\uff3d"):
         return len(text)
-    inside = text[begin + 1 :].lstrip().casefold()
-    may = any(name.casefold().startswith(inside) or inside.startswith(name.casefold()) for name in silos)
+    inside = text[begin + 1 :].lstrip().lower()
+    after = (inside.removeprefix(name.lower()).lstrip()[:1] for name in silos if inside.startswith(name.lower()))
+    may = any(name.lower().startswith(inside) for name in silos) or any(not mark or mark in "/#:" for mark in after)
     return begin if may else len(text)
+
+
+def _seen(text: str) -> str:
+    """Without letters that no page shows and look-alikes, one letter after the other: of a beginning the beginning."""
+    letters = (unicodedata.normalize("NFKC", letter) for letter in UNSEEN.sub("", text) if unicodedata.category(letter) != "Cf")
+    return "".join(letters)
 
 
 def safe_question(question: str, marks: Sequence[str]) -> str:
@@ -159,9 +167,10 @@ def answer(resident: Resident, question: str, sources: Sequence[Source], max_new
     return quoted("".join(written(resident, question, sources, max_new_tokens)))
 
 
-def quoted(text: str) -> str:
-    """What was written, up to where its quotation ends."""
-    text = FENCE.split(text.split(ENDED)[0], maxsplit=1)[0].rstrip()
+def quoted(text: str, done: bool = True) -> str:
+    """What was written, up to where its quotation ends, or a fence. Until it is `done` without what may become one."""
+    text = FENCE.split(text.split(ENDED)[0], maxsplit=1)[0]
+    text = (text if done else FENCE_TO_BE.sub("", text)).rstrip()
     return text.removesuffix('"').rstrip()
 
 
@@ -177,7 +186,7 @@ def written(
 
 def plain(text: str, silos: Collection[str]) -> str:
     """A passage as it is shown in place of an answer: on one line, and no citation of its own."""
-    return unnamed(" ".join(clean(text).split()), silos)
+    return unnamed(" ".join(clean(_seen(text)).split()), silos)
 
 
 def cited(text: str, sources: Sequence[Source], done: bool = True, silos: Collection[str] = ()) -> str:
@@ -188,6 +197,7 @@ def cited(text: str, sources: Sequence[Source], done: bool = True, silos: Collec
     Until it is `done` the last sentence has none yet. What is made of a text's beginning is the beginning of what is made of it.
     """
     named = {*silos, *(source.silo for source in sources)}
+    text = _seen(text)
     text = text.strip() if done else text[: _open(text, named)].strip()
     text = unnamed(text, named)
     known = [(source.cited, terms(source.text)) for source in sources]
