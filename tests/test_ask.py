@@ -58,6 +58,7 @@ def test_over_a_finished_run(tmp_path: Path, embedder: str, monkeypatch: pytest.
     done = fedtailor("ask", "how does an oak grow", "--run", tmp_path / "run")
     assert done.code == 0, done.err
     assert "[west/trees.md]" in done.out
+    fails(fedtailor("chat", tmp_path / "run"), 2, "ask it with `fedtailor ask --run")
     there = fedtailor("ask", "how does an oak grow", "--experiment", file)
     assert there.out == done.out
 

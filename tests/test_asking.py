@@ -241,6 +241,13 @@ def test_a_policy_bounds_what_is_told_for_routing(tmp_path: Path, embedder: str)
     assert not torch.allclose(first, plain, atol=1e-3)
 
 
+def test_where_a_silos_files_lie_stays_there(tmp_path: Path, embedder: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SiloError, match="its own log says why") as error:
+        asking.search(silo(Corpus("south", Policy(), tmp_path / "gone.index")), searching(embedder, "cat"))
+    assert str(tmp_path) not in str(error.value)
+    assert str(tmp_path) in caplog.text
+
+
 def test_a_damaged_index_is_its_silos_failure(tmp_path: Path, embedder: str) -> None:
     path = indexes(tmp_path, embedder)["south"]
     corpus = Corpus("south", Policy(), path)

@@ -21,6 +21,8 @@ def talk(folder: Path, out: Console, *, temperature: float, top_p: float, max_ne
             f"{folder}: no finished run there (no adapter/served.safetensors); finish it with `fedtailor run --resume {folder}`"
         )
     experiment = runs.resume(folder).experiment
+    if hasattr(experiment.method, "judge"):
+        raise UserError(f"{folder}: it answers from silos' documents; ask it with `fedtailor ask --run {folder}`")
     model = wire.read_file(adapters[0]).open({"base": models.load(experiment.model)})
     template = experiment.data.template
     fields = (experiment.data.image,) if experiment.data.image else rows.columns(template) if template else ()

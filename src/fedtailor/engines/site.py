@@ -64,7 +64,8 @@ class Site:
             raise UserError(f"[data] source is missing: a silo names its own rows in silo.toml, {told}")
         alone = "source" in self.data and "silo_column" not in self.data
         all_mine = {"partition": "column", "silos": None, "silo_column": self.name} if alone else {}
-        servers = {"public": "", "public_fraction": 0.0, "corpus": ""}  # its public rows come with its requests
+        # public rows come with requests; who takes part is not asked here
+        servers = {"public": "", "public_fraction": 0.0, "corpus": "", "only": ()}
         mine: Data = _checked(Data, {**asdict(asked), **servers, **self.data, **all_mine}, "[data]")
         overrides = {
             k: self.base(v) if isinstance(v, Base) else v for k, v in settings.items() if k not in self.data

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,8 @@ class Worker:
         rows = self.site.rows(body.data, body.settings.get(self.site.name, {}), body.seed)
         resident = models.load(self.site.base(body.model))
         preparing.fits(resident, {self.site.name: rows})  # the template is tried on every row before anything is trained
-        known, spool, digest = self._read(body.run), self._file(body.run).with_suffix(""), rows_of.sha256({self.site.name: rows})
+        known, spool = self._read(body.run), self._file(body.run).with_suffix("")
+        digest = rows_of.sha256({self.site.name: replace(rows, corpus=None)})  # documents may change while a run goes on
         desk = Desk(self.site.name, rows, {"base": resident}, body.seed, spool=spool, rows_sha256=digest)
         if known is not None:
             if known.rows_sha256 != digest:

@@ -64,6 +64,7 @@ class Rag(Answering, Method[State]):
 
     FOR: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     one_by_one: ClassVar[str] = "each silo has an index of its own"
+
     embedder: str = "minilm"  # a packaged encoder, a folder or a hub id; silos' indexes are by it
     telling: Annotated[float, Field(gt=0)] | None = None  # seconds for silos to tell of their documents; None: the engine's own
     embedders: tuple[str, ...] = ()  # with merge = "ranks": what silos may have been indexed by besides
@@ -167,13 +168,13 @@ class Rag(Answering, Method[State]):
 
     def searched_by(self, told: Mapping[str, Told], tensors: Mapping[str, Tensor]) -> dict[str, Embedder]:
         """By SHA-256: those whose vectors silos search. What is loaded says the asker, and no silo."""
-        known = (self._embedder(tensors), *map(embedding.resident, self.embedders if self.merge == "ranks" else ()))
         wanted = {silo.sha256 for silo in told.values()}
-        return {one.sha256: one for one in known if one.sha256 in wanted}
+        return {one.sha256: one for one in self._models(tensors) if one.sha256 in wanted}
 
-    def _embedder(self, tensors: Mapping[str, Tensor]) -> Embedder:
-        base = embedding.resident(self.embedder)
-        return asking.trained(self.embedder, self.trainer, tensors) if tensors else base
+    def _models(self, tensors: Mapping[str, Tensor]) -> list[Embedder]:
+        """The embedder, with what it learnt; then those that silos may have besides."""
+        one = asking.trained(self.embedder, self.trainer, tensors) if tensors else embedding.resident(self.embedder)
+        return [one, *map(embedding.resident, self.embedders if self.merge == "ranks" else ())]
 
     def example(self, resident: Resident, labels: int, number: int = 1) -> Hits | Trained:
         """A reply of a round of training, or to one question, of `candidates` passages."""
@@ -189,12 +190,12 @@ class Rag(Answering, Method[State]):
             learner.export(learner.learner(self.embedder, self.trains), tensors, folder / "retriever")
 
     def _told(self, state: State, ask: Ask) -> State:
-        base, now = embedding.resident(self.embedder), self._embedder(state.tensors)
+        now, *others = self._models(state.tensors)
         body = Tell(
-            self.embedder, base.sha256, now.sha256, self.trainer if state.tensors else {}, state.tensors,
+            self.embedder, now.base_sha256, now.sha256, self.trainer if state.tensors else {}, state.tensors,
             self.centroids if self.route else 0, self.merge == "ranks", self.search == "approximate",
         )  # fmt: skip
-        known = {now.sha256, *(embedding.resident(name).sha256 for name in self.embedders)}
+        known = {one.sha256 for one in (now, *others)}
         told = dict[str, Told]()
         for reply in ask(asking.tell, body, deadline=self.telling):
             if reply.body.sha256 in known:

@@ -7,6 +7,7 @@ first, then passages of the winners alone, under the silo's policy.
 from __future__ import annotations
 
 import hashlib
+import logging
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from fedtailor.retrieval.policy import Policy, cited, counted, let_out
 from fedtailor.retrieval.redaction import redacted
 from fedtailor.retrieval.scoring import Found, Question
 
+log = logging.getLogger("fedtailor.silo")
 MOST = 1000  # candidates of a question, and passages that one request may name
 NAME, TEXT = 2_000, 50_000  # letters of a name or heading, and of a passage
 QUESTION = 2_000  # letters
@@ -223,13 +225,14 @@ def trained(name: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 @contextmanager
 def its_own() -> Iterator[None]:
-    """What is wrong with a silo's files is that silo's failure, and its owner's to mend."""
+    """What is wrong with a silo's files is that silo's failure, and its owner's to mend: paths and settings stay in its log."""
     try:
         yield
     except sqlite3.DatabaseError as error:
         raise SiloError(f"its index cannot be read ({error}): its owner should add the documents to a new one") from error
     except UserError as error:
-        raise SiloError(str(error)) from error
+        log.error("%s", error)
+        raise SiloError("its documents cannot be asked: its own log says why") from error
 
 
 @in_silo(memory=False)

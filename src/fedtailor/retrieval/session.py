@@ -76,7 +76,8 @@ def asking(method: Any, engine: Running, base: models.Resident, served: Any = No
     """Has silos tell of their documents first. `served`: what a run served. Raises RunError where no silo tells."""
     turn = Turn(engine, engine.silos)
     served = method.serve(method.begin(turn)) if served is None else method.again(served, turn)
-    unheard = {silo: why for _, silo, why in engine.rejected if silo not in served.told}
+    why = {silo: told for _, silo, told in engine.rejected}
+    unheard = {silo: why.get(silo, "it embeds by another model") for silo in engine.silos if silo not in served.told}
     return Session(turn, served.open({"base": base}, turn), unheard)
 
 
