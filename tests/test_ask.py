@@ -59,6 +59,8 @@ def test_over_a_finished_run(tmp_path: Path, embedder: str, monkeypatch: pytest.
     assert done.code == 0, done.err
     assert "[west/trees.md]" in done.out
     fails(fedtailor("chat", tmp_path / "run"), 2, "ask it with `fedtailor ask --run")
+    merged = fedtailor("export", tmp_path / "run", tmp_path / "merged", "--merge")
+    fails(merged, 2, "no change of the model's weights; export without --merge")
     there = fedtailor("ask", "how does an oak grow", "--experiment", file)
     assert there.out == done.out
 

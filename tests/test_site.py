@@ -169,6 +169,13 @@ def test_rows_of_its_own_come_with_its_documents(tmp_path: Path, index: Path) ->
     assert found.corpus.policy == site.documents
 
 
+def test_who_takes_part_is_not_asked_of_a_silos_own_rows(tmp_path: Path) -> None:
+    """The experiment takes some of the silos of one table; here all rows are this silo's."""
+    mine = write(tmp_path / "mine.jsonl", [{"text": f"n {i}", "mood": ("bad", "good")[i % 2]} for i in range(30)])
+    asked = replace(ASKED, only=("south", "west"))
+    assert len(Site("north", data={"source": mine}).rows(asked, {}, 0).train) > 15
+
+
 def test_no_server_names_what_is_searched(tmp_path: Path) -> None:
     passages = write(tmp_path / "p.jsonl", [{"silo": "north", "document": "d", "text": "A cat."}])
     asked = Data(**{**shared(tmp_path).__dict__, "corpus": passages, "documents": Policy(share="full")})

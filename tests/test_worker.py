@@ -23,7 +23,9 @@ from fedtailor.errors import SiloError, UserError
 from fedtailor.packed import LARGE, Spooled, digest
 from fedtailor.privacy import noise
 from fedtailor.prompts import Prompt
+from fedtailor.retrieval.policy import Policy
 from fedtailor.trying import Try, attempt
+from libraries import indexes
 
 wire.allow(__name__)
 TINY = Path(__file__).resolve().parents[1] / "experiments" / "tiny.toml"
@@ -158,6 +160,26 @@ def test_a_large_reply_lies_in_a_file_and_is_repeated_from_there(tmp_path: Path)
     files = [file.name for file in (tmp_path / "memory").rglob("*") if file.is_file()]
     assert len(files) == 2, f"the first reply is swept away: {files}"
     assert wire.unpack(ask_twice(opened(tmp_path), 2)[1]).total == 2
+
+
+def test_documents_may_change_in_the_middle_of_a_run(tmp_path: Path, embedder: str) -> None:
+    """They are no rows: an index is added to while it is asked."""
+    made = indexes(tmp_path / "indexes", embedder)["north"]
+    documents = Policy(index=str(made))
+
+    def begun() -> Worker:
+        (tmp_path / "silo").mkdir(exist_ok=True)
+        worker = Worker(Site("cafe", tmp_path / "silo", server_names_data=True, documents=documents))
+        assert worker.handle({"kind": "open"}, wire.pack(opening()))[0]["kind"] == "opened"
+        return worker
+
+    worker = begun()
+    ask(worker, 5)
+    corpus = worker.desks["run"].data.corpus
+    before = corpus.sha256()
+    corpus.index().put("new.md", "s", *corpus.index().document("fish.txt"), "now")
+    assert corpus.sha256() != before
+    assert ask(begun(), 5, number=2, committed=1)
 
 
 def test_rows_that_changed_in_the_middle_of_a_run_are_refused(tmp_path: Path) -> None:
