@@ -65,7 +65,9 @@ def _of_seed(run: Path, seeds: Sequence[int], seed: int | None) -> Path:
 def _merged(adapter: Path, base: models.Base, folder: Path) -> tuple[Resident, Any, Tensor]:
     """The base without its weights, what is served, and what that says of `_row`."""
     served = wire.read_file(adapter / "served.safetensors")
-    if not hasattr(getattr(served, "method", None), "put_on"):  # a prompt, or whom to ask for passages
+    if not hasattr(served, "method"):
+        raise UserError("what was learnt is a prompt, no change of weights; export without --merge")
+    if not hasattr(served.method, "put_on"):  # whom to ask for passages, and how
         raise UserError("what was learnt is no change of the model's weights; export without --merge")
     resident = models.fresh(base)
     tuned = served.method.put_on(resident, served.labels)
