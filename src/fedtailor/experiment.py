@@ -193,27 +193,39 @@ def _told(entry: Mapping[str, Any], rounds: int) -> str:
     return ", ".join(parts) + f" ({entry['seconds'] + entry['evaluation_seconds']:.0f} s)"
 
 
-def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Experiment:
-    """The experiment of a file, with `--set part.key=value` laid over it. Raises UserError listing *all* its errors."""
+def read(path: Path) -> dict[str, Any]:
+    """The table of a TOML file. Raises UserError."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file; shipped experiments are in experiments/") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from error
+
+
+def load(path: Path, sets: Sequence[str] = (), seed: int | None = None) -> Experiment:
+    """The experiment of a file, with `--set part.key=value` laid over it. Raises UserError listing *all* its errors."""
+    table = read(path)
     table.setdefault("name", path.stem)
     table.pop("command", None)  # a run's own experiment.toml says how it was started
     written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
     for text in sets:
         set_over(table, text)
-    _other_method(table, written, {text.partition("=")[0].strip() for text in sets})
-    _read_lists(table, path.parent)
-    listed.found(table, path.parent)
+    other_method(table, written, {text.partition("=")[0].strip() for text in sets})
     if seed is not None:
         table["seeds"] = [seed]
-    return parse(table, str(path))
+    return parse(resolved(table, path.parent), str(path))
+
+
+def resolved(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The table with the files that it names, relative to here or to `folder`, found or read. In place."""
+    settings = table.get("method")
+    if isinstance(settings, dict) and settings.get("name") in find.methods():
+        listed.inlined(settings, getattr(find.method(settings["name"]), "FILES", ()), folder)
+    listed.found(table, folder)
+    return table
 
 
 def parse(table: Mapping[str, Any], place: str) -> Experiment:
@@ -323,7 +335,7 @@ def _silos(table: Any, data: Data | None, method: Any, place: str, errors: list[
                     errors.append(f"{where} {key} = {mine[key]} {UNEQUAL}")
 
 
-def _other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[str]) -> None:
+def other_method(table: dict[str, Any], written: Mapping[str, Any], sets: set[str]) -> None:
     """`--set method.name=...`: what the file says of its own method is left out where the new one lacks it, and its lr. So in
     [method], in [baseline.ROW] and in [silo.NAME]."""
     from fedtailor.methods.averaging import per_silo
@@ -356,12 +368,6 @@ def _tables(table: Mapping[str, Any], part: str) -> list[tuple[str, dict[str, An
     return [(name, one) for name, one in found.items() if isinstance(one, dict)] if isinstance(found, dict) else []
 
 
-def _read_lists(table: dict[str, Any], folder: Path) -> None:
-    settings = table.get("method")
-    if isinstance(settings, dict) and settings.get("name") in find.methods():
-        listed.inlined(settings, getattr(find.method(settings["name"]), "FILES", ()), folder)
-
-
 def set_over(table: dict[str, Any], text: str) -> None:
     """`part.key=value` laid over the table; the value as TOML, or as plain text where it is not TOML."""
     place, equals, value = text.partition("=")
@@ -371,9 +377,14 @@ def set_over(table: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         parsed = value
-    *parts, key = place.strip().split(".")
+    put(table, place.strip(), parsed, f"--set {text}")
+
+
+def put(table: dict[str, Any], path: str, value: Any, told: str = "") -> None:
+    """The value laid over the setting at a dotted path."""
+    *parts, key = path.split(".")
     for part in parts:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {text}: {part} is a value, not a table")
-    table[key] = parsed
+            raise UserError(f"{told or path}: {part} is a value, not a table")
+    table[key] = value

@@ -18,10 +18,13 @@ NEEDS = {
 }  # fmt: skip
 
 
-def prepare(experiment: Experiment, afar: Sequence[str] = ()) -> tuple[rows_of.Loaded, models.Resident]:
+def prepare(
+    experiment: Experiment, afar: Sequence[str] = (), at_hand: rows_of.Loaded | None = None
+) -> tuple[rows_of.Loaded, models.Resident]:
     """The first seed's rows, then the base. Raises UserError for whatever can be known to fail later, all that can be
-    known without the base at once. `afar`: silos that keep their rows themselves, and try them on contact."""
-    loaded = _told_together(experiment, afar)
+    known without the base at once. `afar`: silos that keep their rows themselves, and try them on contact. `at_hand`: the
+    first seed's rows, where they were read before."""
+    loaded = _told_together(experiment, afar, at_hand)
     classes = any(rows.labels for rows in loaded.silos.values())
     resident = models.load(experiment.model)
     _answerable(experiment, resident, classes)
@@ -56,7 +59,7 @@ def kept_afar(experiment: Experiment, silos: Sequence[str]) -> rows_of.Loaded:
     return rows_of.Loaded({name: SiloData((), (), (), labels, own.get(name, {})) for name in silos}, of_public, {}, public)
 
 
-def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loaded:
+def _told_together(experiment: Experiment, afar: Sequence[str], at_hand: rows_of.Loaded | None) -> rows_of.Loaded:
     errors: list[str] = []
     name = experiment.model.name
     if not packaged.known(name):
@@ -64,7 +67,7 @@ def _told_together(experiment: Experiment, afar: Sequence[str]) -> rows_of.Loade
     loaded = None
     try:
         first = experiment.seeds[0]
-        loaded = kept_afar(experiment, afar) if afar else rows_of.load(experiment.data, experiment.silo, first)
+        loaded = kept_afar(experiment, afar) if afar else at_hand or rows_of.load(experiment.data, experiment.silo, first)
         experiment.faults.check(loaded.silos)
     except UserError as error:
         errors.append(str(error))

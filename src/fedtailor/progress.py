@@ -24,6 +24,11 @@ class Silent:
         yield lambda: None
 
 
+class _Hushed(Silent):
+    def __init__(self, loud: Shown) -> None:
+        self.bar = loud.bar  # type: ignore[method-assign]
+
+
 class Lines:
     """For logs: one line per event; of a bar, a line at most every `gap` seconds."""
 
@@ -88,6 +93,18 @@ _shown: Shown = Silent()
 def show(how: Shown) -> None:
     global _shown
     _shown = how
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Meanwhile bars alone are shown: what one of hundreds of runs has to tell is in its own log."""
+    global _shown
+    loud = _shown
+    _shown = _Hushed(loud)
+    try:
+        yield
+    finally:
+        _shown = loud
 
 
 def line(text: str) -> None:

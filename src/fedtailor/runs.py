@@ -43,13 +43,14 @@ class Run:
     command: str = ""
     prepared: tuple[rows_of.Loaded, models.Resident] | None = None  # the first seed's rows, and the base
     plan: dict[str, Any] = field(default_factory=dict)  # threads and cohort sizes, fixed before the first step
+    content: str = ""  # what must stay the same until it is finished; by default all of the experiment
     courier: Courier | None = None  # to silos in processes of their own; None: all silos are in this one
 
     def conduct(self) -> dict[str, Any]:
         """All rows of all seeds; what is finished already is not done again. Returns, and writes, the result."""
         with locked(self.folder):
             self._settle_plan()
-            self._same("experiment", "experiment.toml", _digest(self.experiment))
+            self._same("experiment", "experiment.toml", self.content or _digest(self.experiment))
             first, resident = self.prepared or prepare(self.experiment, self.afar)
             self._same("model", "the base model or its dtype", resident.sha256)
             seeds, results = self.experiment.seeds, {}

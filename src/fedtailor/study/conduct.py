@@ -1,0 +1,170 @@
+"""Cells -> folders. Each distinct experiment runs once, in a folder named by its content; what is finished stays so.
+
+    runs/<study>/  study.toml  cells/<key>/{experiment.toml, plan.json, rows/<row>/{row.json, rounds.jsonl}, result.json}
+
+Any number of processes may work at one study: a cell is taken by the lock of its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tomli_w
+
+from fedtailor import data as rows_of
+from fedtailor import models, preparing, progress, runs, wire
+from fedtailor.errors import FedtailorError, UserError
+from fedtailor.experiment import Experiment, as_table
+from fedtailor.files import read_json, write_json
+from fedtailor.study.grid import Cell, Study
+
+HELD = 4  # tables of rows that are kept at hand: cells that follow one another often share theirs
+LIGHT = ("row.json", "rounds.jsonl", "paired.json")  # of a row's folder: what figures are made of
+
+
+@dataclass
+class Held:
+    """What cells share within a process: each base is loaded once, and rows are dealt once for like cells."""
+
+    loaded: OrderedDict[str, rows_of.Loaded] = field(default_factory=OrderedDict)
+
+    def prepared(self, experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
+        table = as_table(experiment)
+        key = json.dumps([table["data"], table["silo"], table["seeds"]], sort_keys=True)
+        found, resident = preparing.prepare(experiment, at_hand=self.loaded.get(key))
+        self.loaded[key] = found
+        self.loaded.move_to_end(key)
+        while len(self.loaded) > HELD:
+            self.loaded.popitem(last=False)
+        return found, resident
+
+
+@dataclass
+class Progress:
+    """How far a study is."""
+
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)  # label of a cell -> why
+    elsewhere: int = 0  # cells that other processes have in hand
+
+
+def folder_of(study: Study, root: Path, cell: Cell) -> Path:
+    return root / "cells" / cell.key
+
+
+def missing_rows(folder: Path, rows: Sequence[str]) -> list[str]:
+    """Of the rows asked, those that are not finished."""
+    return [row for row in rows if not (folder / "rows" / row / "row.json").exists()]
+
+
+def begin(study: Study, root: Path) -> None:
+    """Take the folder for this study; one that holds another study of that name goes on, with the cells that both share."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: a file, not a folder; choose another with --out")
+    if root.is_dir() and any(root.iterdir()) and not (root / "study.toml").exists():
+        raise UserError(f"{root}: holds something else than a study; choose another folder with --out")
+    root.mkdir(parents=True, exist_ok=True)
+    wire.write_bytes(root / "study.toml", tomli_w.dumps(dict(study.source)).encode())
+
+
+def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], None] = lambda cell: None) -> Progress:
+    """Run all cells that are not finished; a cell that fails is told, kept in failed.json, and the others go on.
+
+    `each` is called after every finished cell. Cells that another process holds are waited for at the end.
+    """
+    begin(study, root)
+    held, told, cells = Held(), Progress(), study.runs()
+    began = time.monotonic()
+    mine = 0
+    left = cells
+    while left:
+        waiting: list[Cell] = []
+        for cell in left:
+            folder = folder_of(study, root, cell)
+            if not missing_rows(folder, cell.experiment.rows):
+                told.done += 1
+                continue
+            with _taken(folder) as free:
+                if not free:
+                    waiting.append(cell)
+                    continue
+                if not missing_rows(folder, cell.experiment.rows):  # another process finished it meanwhile
+                    told.done += 1
+                    continue
+                progress.line(f"{told.done + len(told.failed) + 1} of {len(cells)}: {cell.label}")
+                why = _run(cell, folder, held, command, study.keep)
+            mine += 1
+            if why is None:
+                told.done += 1
+                each(cell)
+            else:
+                told.failed[cell.label] = why
+                progress.line(f"failed: {cell.label}: {why}")
+        if waiting and len(waiting) == len(left):
+            told.elsewhere = len(waiting)
+            time.sleep(5)
+        left = waiting
+    told.elsewhere = 0
+    spent = time.monotonic() - began
+    if mine:
+        progress.line(f"{mine} cells in {spent:.0f} s, {told.done} of {len(cells)} finished")
+    return told
+
+
+def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str) -> str | None:
+    """Run a cell's missing rows. Returns why it failed, None when it did not."""
+    file = folder / "failed.json"
+    try:
+        wire.write_bytes(folder / "experiment.toml", tomli_w.dumps(as_table(cell.experiment)).encode())
+        one = runs.Run(cell.experiment, folder, command, prepared=held.prepared(cell.experiment), content=cell.key)
+        with progress.hushed():
+            one.conduct()
+    except FedtailorError as error:
+        write_json(file, {"cell": cell.label, "why": str(error)})
+        return str(error)
+    file.unlink(missing_ok=True)
+    if keep == "figures":
+        _lighten(folder)
+    return None
+
+
+def _lighten(folder: Path) -> None:
+    """Leave the figures of a finished cell: the states and adapters of hundreds would fill a disk."""
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    for path in sorted((folder / "rows").rglob("*"), reverse=True):
+        if path.is_file() and path.name not in LIGHT:
+            path.unlink()
+        elif path.is_dir():
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[bool]:
+    """Whether this process has the cell for itself meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".taken").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def failures(study: Study, root: Path) -> dict[str, str]:
+    """Cells that failed when they were run last, and why."""
+    found = {}
+    for cell in study.runs():
+        file = folder_of(study, root, cell) / "failed.json"
+        if file.exists() and missing_rows(file.parent, cell.experiment.rows):
+            found[cell.label] = str(read_json(file)["why"])
+    return found

@@ -1,0 +1,254 @@
+"""TOML -> Study -> cells. A study is a base experiment and parts; each part lays the values of its axes over the base.
+
+    seeds = [0, 1, 2]
+    [base]                                   # an experiment, as `fedtailor run` takes it; or base = "FILE.toml"
+    [choice.method.lora]                     # what the value "lora" of the axis "method" lays over it
+    "method.name" = "lora"
+    [[part]]
+    name = "skew"
+    axes = { method = ["prefix", "lora"], alpha = [0.1, 1, 100] }     # all combinations
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedtailor import experiment as experiments
+from fedtailor import tables
+from fedtailor.errors import UserError, suggest
+from fedtailor.experiment import Experiment, RowName
+
+Value = str | float | int
+Overlay = Mapping[str, Any]  # dotted path of a setting -> its value
+Asks = Literal["performance", "efficiency", "robustness"]
+
+# Axes that need no [choice]: their values are those of one setting. Any dotted path is an axis, too.
+SETTINGS = {
+    "method": "method.name", "aggregate": "method.aggregate", "partition": "data.partition", "alpha": "data.alpha",
+    "silos": "data.silos", "labels per silo": "data.labels_per_silo", "label noise": "data.label_noise",
+    "participation": "participation", "rounds": "rounds", "dropout": "faults.dropout", "noise": "faults.noise",
+    "attackers": "faults.attackers", "attack": "faults.attack", "stragglers": "faults.slow", "model": "model.name",
+}  # fmt: skip
+NOT_CONTENT = ("name", "rows")  # of an experiment: neither changes a number of a row
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question of a study: which experiments, and how their figures are compared."""
+
+    name: str
+    axes: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    title: str = ""
+    asks: Asks = "robustness"
+    about: str = ""  # a sentence or two for the report
+    set: Mapping[str, Any] = field(default_factory=dict)  # over the base, for all of this part
+    base: str = ""  # another experiment file than the study's own [base]
+    rows: tuple[RowName, ...] = ("federated",)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()  # none: the study's
+    along: str = ""  # the axis that plots run along; by default the last
+    reference: Value | None = None  # the value of `along` that the others are compared with; by default its first
+    metric: str = ""  # by default what the figures have: accuracy, recall_at_5, rouge_l or loss
+    over: Literal["rows", "silos"] = "rows"  # of all test rows together, or the unweighted mean over silos
+    skip: tuple[Mapping[str, Value], ...] = ()  # combinations that are left out
+
+    def __post_init__(self) -> None:
+        if not self.name or not set(self.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-"):
+            raise ValueError(f"name {self.name!r} must be of small letters, digits, - and _: files are called after it")
+        for axis, values in self.axes.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"axes {axis!r}: one or more values, all different, not {list(values)}")
+        if self.along and self.along not in self.axes:
+            raise ValueError(f"along: no axis {self.along!r}{suggest(self.along, self.axes)}")
+        if self.reference is not None and self.reference not in self.axes.get(self.line, ()):
+            raise ValueError(f"reference: {self.reference!r} is no value of the axis {self.line!r}")
+
+    @property
+    def line(self) -> str:
+        """The axis that plots run along; "" without axes."""
+        return self.along or next(iter([*self.axes][::-1]), "")
+
+    @property
+    def against(self) -> Value | None:
+        """The value of that axis which the others are compared with."""
+        values = self.axes.get(self.line, ())
+        return self.reference if self.reference is not None else next(iter(values), None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment and one seed, as a part asks for it. Parts may share the folder that it is run in."""
+
+    part: Part
+    at: Mapping[str, Value]  # axis -> value
+    seed: int
+    experiment: Experiment
+    key: str  # of its content: the folder's name
+
+    @property
+    def label(self) -> str:
+        where = ", ".join(f"{axis} {value}" for axis, value in self.at.items())
+        return f"{self.part.name}{f' ({where})' if where else ''}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    parts: tuple[Part, ...]
+    cells: tuple[Cell, ...]
+    title: str = ""
+    about: str = ""
+    margin: float = 0.02  # "close to": at most so much worse, in the metric's own unit
+    target: float = 0.95  # bytes and seconds are told until this share of the best quality is reached
+    keep: Literal["figures", "models"] = "figures"  # models: each cell keeps its adapters, too
+    source: Mapping[str, Any] = field(default_factory=dict)  # the file, as it was read
+
+    def runs(self) -> list[Cell]:
+        """Each folder once, with all rows that any part asks of it, in the order of the parts."""
+        found: dict[str, Cell] = {}
+        for cell in self.cells:
+            rows = [*(found[cell.key].experiment.rows if cell.key in found else ()), *cell.part.rows]
+            ordered = tuple(sorted(set(rows), key=_order))
+            found[cell.key] = replace(found.get(cell.key, cell), experiment=replace(cell.experiment, rows=ordered))
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A study's file but for its base."""
+
+    part: tuple[Part, ...]
+    name: str = "study"
+    title: str = ""
+    about: str = ""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
+    margin: Annotated[float, Field(ge=0)] = 0.02
+    target: Annotated[float, Field(gt=0, le=1)] = 0.95
+    keep: Literal["figures", "models"] = "figures"
+    choice: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+
+def is_study(table: Mapping[str, Any]) -> bool:
+    return "part" in table
+
+
+def load(path: Path, sets: Sequence[str] = ()) -> Study:
+    """The study of a file, with `--set base.part.key=value` laid over it. Raises UserError listing *all* its errors."""
+    table = experiments.read(path)
+    for text in sets:
+        experiments.set_over(table, text)
+    table.setdefault("name", path.stem)
+    return parse(table, str(path), path.parent)
+
+
+def parse(table: Mapping[str, Any], place: str, folder: Path = Path()) -> Study:
+    """A dict as read from TOML -> Study with all its cells. Paths in it are relative to here or to `folder`."""
+    errors: list[str] = []
+    if not is_study(table):
+        raise UserError(f"{place}: no [[part]], so it is no study; an experiment is run with `fedtailor run {place}`")
+    head = {key: value for key, value in table.items() if key != "base"}
+    for number, one in enumerate(head["part"] if isinstance(head["part"], list) else ()):
+        where = one.get("name", number + 1) if isinstance(one, dict) else number + 1
+        tables.part(Part, one, f"{place}: [[part]] {where}", errors)
+    found = tables.part(_Head, head, f"{place}:", errors) if not errors else None
+    if errors or found is None:
+        raise UserError("\n".join(errors))
+    names = [part.name for part in found.part]
+    errors += [f"{place}: two parts are named {name!r}" for name in {n for n in names if names.count(n) > 1}]
+    cells: list[Cell] = []
+    for part in found.part:
+        cells += _cells(part, found, table.get("base"), place, folder, errors)
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
+    return Study(
+        found.name, found.part, tuple(cells), found.title, found.about, found.margin, found.target, found.keep, dict(table)
+    )
+
+
+def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors: list[str]) -> Iterator[Cell]:
+    where = f"{place}: [[part]] {part.name}"
+    try:
+        start = _base(part.base or base, place, folder)
+        overlays = {axis: {value: _overlay(axis, value, head.choice) for value in values} for axis, values in part.axes.items()}
+    except UserError as error:
+        errors.append(f"{where}: {error}")
+        return
+    for values in itertools.product(*part.axes.values()):
+        at = dict(zip(part.axes, values, strict=True))
+        if any(all(at.get(axis) == value for axis, value in left.items()) for left in part.skip):
+            continue
+        laid: dict[str, Any] = flat(part.set)
+        for axis, value in at.items():
+            laid |= overlays[axis][value]
+        told = ", ".join(f"{axis} {value}" for axis, value in at.items())
+        try:
+            one = experiments.parse(_laid(start, laid, folder), f"{where}{f' ({told})' if told else ''}")
+        except UserError as error:
+            errors += str(error).splitlines()
+            continue
+        for seed in part.seeds or head.seeds:
+            mine = replace(one, seeds=(seed,), rows=part.rows, name=head.name)
+            yield Cell(part, at, seed, mine, key_of(mine))
+
+
+def key_of(experiment: Experiment) -> str:
+    """Of what an experiment computes, whatever it and its rows are called."""
+    content = {k: v for k, v in experiments.as_table(experiment).items() if k not in NOT_CONTENT}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested tables as dotted paths; a key may be a path already."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) and value else {f"{before}{key}": value}
+    return found
+
+
+def _base(given: Any, place: str, folder: Path) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return copy.deepcopy(dict(given))
+    if not isinstance(given, str):
+        raise UserError("no [base]: write an experiment there, or base = \"FILE.toml\"")
+    path = next((p for p in (folder / given, Path(given)) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"base = {given!r}: no such file, seen from {folder or place}")
+    return experiments.resolved(experiments.read(path), path.parent)
+
+
+def _overlay(axis: str, value: Value, choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Overlay:
+    named = choices.get(axis, {})
+    if str(value) in named:
+        return flat(named[str(value)])
+    if axis in SETTINGS or "." in axis:
+        return {SETTINGS.get(axis, axis): value}
+    if named:
+        raise UserError(f"axes: no [choice.{axis}.{value}]{suggest(str(value), named)}")
+    raise UserError(f"axes: no axis {axis!r}{suggest(axis, SETTINGS)}; or a setting's path, or write [choice.{axis}.NAME]")
+
+
+def _laid(start: Mapping[str, Any], laid: Overlay, folder: Path) -> dict[str, Any]:
+    """The base with these settings over it; another method leaves out what the base says of its own."""
+    table = copy.deepcopy(dict(start))
+    written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
+    for path, value in laid.items():
+        experiments.put(table, path, copy.deepcopy(value))
+    table.pop("name", None)
+    table.pop("seeds", None)
+    table.pop("rows", None)
+    experiments.other_method(table, written, set(laid))
+    return {"name": "study", **experiments.resolved(table, folder)}
+
+
+def _order(row: str) -> int:
+    known = [*experiments.ROWS]
+    return known.index(row) if row in known else len(known)
+
