@@ -20,6 +20,7 @@ from rich.table import Table
 from fedtailor.federating import app as federation_app
 from fedtailor.retrieval.ask import ask
 from fedtailor.retrieval.commands import app as index_app
+from fedtailor.study.command import checked, study
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -34,6 +35,7 @@ app.add_typer(federation_app, name="federation")
 app.add_typer(index_app, name="index")
 app.add_typer(models_app, name="models")
 app.command()(ask)
+app.command()(study)
 
 out = Console()
 err = Console(stderr=True)
@@ -96,10 +98,12 @@ def check(
     file: Annotated[Path, typer.Argument(help="the experiment, a TOML file")], sets: Set = None, seed: SeedOption = None,
     federation: Annotated[Path | None, typer.Option("--federation", help="over silos elsewhere: the server's kit")] = None,
 ) -> None:  # fmt: skip
-    """Validate an experiment with its data and model, and list what will leave each silo. Nothing is trained."""
+    """Validate an experiment with its data and model, and list what will leave each silo; of a study, its runs and hours."""
     from fedtailor import checking, experiment
     from fedtailor.engines import courier
 
+    if seed is None and federation is None and checked(file, sets or [], out):
+        return
     checking.show(experiment.load(file, sets or [], seed), out, () if federation is None else courier.names(federation))
 
 

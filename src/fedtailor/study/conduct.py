@@ -24,6 +24,7 @@ from fedtailor import models, preparing, progress, runs, wire
 from fedtailor.errors import FedtailorError, UserError
 from fedtailor.experiment import Experiment, as_table
 from fedtailor.files import read_json, write_json
+from fedtailor.study import flops
 from fedtailor.study.grid import Cell, Study
 
 HELD = 4  # tables of rows that are kept at hand: cells that follow one another often share theirs
@@ -56,7 +57,7 @@ class Progress:
     elsewhere: int = 0  # cells that other processes have in hand
 
 
-def folder_of(study: Study, root: Path, cell: Cell) -> Path:
+def folder_of(root: Path, cell: Cell) -> Path:
     return root / "cells" / cell.key
 
 
@@ -88,7 +89,7 @@ def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], 
     while left:
         waiting: list[Cell] = []
         for cell in left:
-            folder = folder_of(study, root, cell)
+            folder = folder_of(root, cell)
             if not missing_rows(folder, cell.experiment.rows):
                 told.done += 1
                 continue
@@ -124,7 +125,10 @@ def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str) -> str |
     file = folder / "failed.json"
     try:
         wire.write_bytes(folder / "experiment.toml", tomli_w.dumps(as_table(cell.experiment)).encode())
-        one = runs.Run(cell.experiment, folder, command, prepared=held.prepared(cell.experiment), content=cell.key)
+        prepared = held.prepared(cell.experiment)
+        if not (folder / "flops.json").exists():
+            write_json(folder / "flops.json", flops.of(cell.experiment, *prepared))
+        one = runs.Run(cell.experiment, folder, command, prepared=prepared, content=cell.key)
         with progress.hushed():
             one.conduct()
     except FedtailorError as error:
@@ -164,7 +168,7 @@ def failures(study: Study, root: Path) -> dict[str, str]:
     """Cells that failed when they were run last, and why."""
     found = {}
     for cell in study.runs():
-        file = folder_of(study, root, cell) / "failed.json"
+        file = folder_of(root, cell) / "failed.json"
         if file.exists() and missing_rows(file.parent, cell.experiment.rows):
             found[cell.label] = str(read_json(file)["why"])
     return found

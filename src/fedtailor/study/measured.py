@@ -22,6 +22,7 @@ class Found:
     row: str
     figures: Mapping[str, Any]  # as result.json has the row: metrics with mean, worst, per_silo and mostly pooled; costs
     rounds: tuple[Mapping[str, Any], ...] = ()  # rounds.jsonl; empty for rows without training, and for `alone`
+    flops: Mapping[str, float] = field(default_factory=dict)  # see `flops.of`; of the row federated
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, device, threads, model, sha256 of data
 
     @property
@@ -49,13 +50,14 @@ class Found:
 def read(study: Study, root: Path) -> list[Found]:
     """All that is finished, in the order of the cells and of each cell's rows."""
     held: dict[tuple[str, str], tuple[dict[str, Any], tuple[Mapping[str, Any], ...]]] = {}
-    told: dict[str, dict[str, Any]] = {}
+    told: dict[str, tuple[dict[str, Any], dict[str, float]]] = {}
     found = []
     for cell in study.cells:
-        folder = folder_of(study, root, cell)
+        folder = folder_of(root, cell)
         if cell.key not in told:
-            result = folder / "result.json"
-            told[cell.key] = dict(read_json(result)["environment"]) if result.exists() else {}
+            result, counted = folder / "result.json", folder / "flops.json"
+            environment = dict(read_json(result)["environment"]) if result.exists() else {}
+            told[cell.key] = environment, read_json(counted) if counted.exists() else {}
         for row in cell.part.rows:
             if (cell.key, row) not in held:
                 file = folder / "rows" / row / "row.json"
@@ -64,7 +66,8 @@ def read(study: Study, root: Path) -> list[Found]:
                 log = file.with_name("rounds.jsonl")
                 held[cell.key, row] = read_json(file), tuple(plots.read_rounds(log)) if log.exists() else ()
             figures, rounds = held[cell.key, row]
-            found.append(Found(cell, row, figures, rounds, told[cell.key]))
+            environment, operations = told[cell.key]
+            found.append(Found(cell, row, figures, rounds, operations if row == "federated" else {}, environment))
     return found
 
 
