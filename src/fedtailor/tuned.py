@@ -6,6 +6,7 @@ any number of silos, and `vmap` over stacked tensors trains many silos in one pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,6 +200,11 @@ def joined(tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> Tensor
             axis, _, name = n.removeprefix("cat").partition("/")
             whole[name] = torch.cat([whole[name], t], dim=int(axis))
     return whole
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """Of all numbers together, in fp64: the square of a large fp32 is none."""
+    return math.sqrt(math.fsum(t.double().square().sum().item() for t in tensors.values()))
 
 
 def _short(name: str) -> str:

@@ -25,7 +25,7 @@ from fedtailor.exporting import save_adapter
 from fedtailor.methods import fedopt, scaffold, targets
 from fedtailor.methods.scaffold import Shift
 from fedtailor.models import Resident
-from fedtailor.tuned import Tensors, Tuned, joined
+from fedtailor.tuned import Tensors, Tuned, joined, norm
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -89,8 +89,8 @@ class Trained:
         if not 0 < self.weight <= asked.method.most_rows(len(asked.lrs)):
             return f"weight {self.weight} is out of bounds"
         limit = asked.method.max_delta_norm
-        if limit is not None and (norm := _norm(self.delta)) > limit:
-            return f"norm {norm:.3g} is above method.max_delta_norm = {limit:.3g}"
+        if limit is not None and (length := norm(self.delta)) > limit:
+            return f"norm {length:.3g} is above method.max_delta_norm = {limit:.3g}"
         return None
 
 
@@ -140,6 +140,7 @@ class Averaging(Method[State], abc.ABC):
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # over all rounds
     warmup_rounds: NotNegative = 0.0
     aggregate: str = "mean"
+    byzantine: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # assumed share of attackers, for aggregates that need one
     weigh: Literal["seen", "held"] = "seen"  # a reply's weight: rows seen this round, or (on the silo's word) rows held
     max_delta_norm: Positive | None = None  # a reply with a larger one is rejected
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"  # see `fedopt`
@@ -200,7 +201,7 @@ class Averaging(Method[State], abc.ABC):
         else:
             heard = list(ask(train, body))
             replies, shift = [reply.body for reply in heard], scaffold.shift(heard)
-            combine = aggregate.find(self.aggregate)
+            combine = aggregate.find(self.aggregate, self.byzantine)
             delta = combine([(r.delta, r.weight) for r in replies])
             if not all(bool(d.isfinite().all()) for d in delta.values()):
                 raise RunError(f"round {ask.round}: method.aggregate = {self.aggregate!r} gave numbers that are not finite")
@@ -231,7 +232,7 @@ class Averaging(Method[State], abc.ABC):
         control = {n: body.control[n] + c / count for n, c in shift.sum.items()}
         return replace(
             state, tensors={**state.tensors, **tensors}, moments={**state.moments, **moments},
-            control={**state.control, **control}, heard=heard, notes={**notes, "delta_norm": _norm(delta)},
+            control={**state.control, **control}, heard=heard, notes={**notes, "delta_norm": norm(delta)},
         )  # fmt: skip
 
     def serve(self, state: State) -> Adapted:
@@ -273,11 +274,6 @@ class Averaging(Method[State], abc.ABC):
     def export(self, resident: Resident, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """A folder that `PeftModel.from_pretrained(base, folder)` loads; of what PEFT has not, one with its own load.py."""
         save_adapter(self.put_on(resident, labels_of(tensors)), tensors, folder)
-
-
-def _norm(tensors: Tensors) -> float:
-    """Of all numbers together, in fp64: the square of a large fp32 is none."""
-    return math.sqrt(math.fsum(t.double().square().sum().item() for t in tensors.values()))
 
 
 @in_silo(memory=False)

@@ -36,7 +36,7 @@ TEXTS = "answers that silos write to public prompts leave them as text: a model 
 
 
 OF_THE_SERVER = frozenset(
-    {"aggregate", "weigh", "scaffold", "max_delta_norm", "combine", "gap"}
+    {"aggregate", "byzantine", "weigh", "scaffold", "max_delta_norm", "combine", "gap"}
     | {f.name for f in fields(Averaging) if f.name.startswith("server_")}
 )
 TRAINER = "how a model is trained stands in [method.trainer], or in [method.student] of the student"
