@@ -200,14 +200,14 @@ def test_a_rejected_reply_is_not_averaged_in(llama: Resident, written: Silos) ->
     from fedtailor.faults import Faults
 
     method = Prefix(virtual_tokens=2, local_steps=1, batch_size=2)
-    struck = engine(llama, written, faults=Faults(nan=("shop",)))
+    struck = engine(llama, written, faults=Faults(attackers=("shop",), attack="nan"))
     state = method.begin(struck.reach(0))
     after = method.round(state, struck.reach(1))
     assert [(silo, why.split(" ")[-1]) for _, silo, why in struck.rejected] == [("shop", "finite")]
     without = engine(llama, written)
     expected = method.round(state, without.reach(1, ("cafe", "zoo")))
     assert all(torch.equal(t, expected.tensors[n]) for n, t in after.tensors.items())
-    everyone = engine(llama, written, faults=Faults(nan=tuple(written)))
+    everyone = engine(llama, written, faults=Faults(attackers=1.0, attack="nan"))
     with pytest.raises(RunError, match=r"round 1.*cafe: .* is not finite"):
         method.round(state, everyone.reach(1))
 

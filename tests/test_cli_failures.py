@@ -39,7 +39,12 @@ MISTAKES = {
     "a source that is not there": (["run", TINY, "--set", "data.source=rows.csv"], "there is no such file"),
     "a demo set that is none": (["data", "fetch", "sentimnt"], "sentiment"),
     "a packaged model that is none": (["models", "fetch", "minilmm"], "did you mean 'minilm'"),
-    "a fault at a silo that is not there": (["run", TINY, *FEDERATED, *sets("faults.nan=['shpo']")], "did you mean 'shop'"),
+    "a fault at a silo that is not there": (["run", TINY, *FEDERATED, *sets("faults.attackers=['shpo']")], "did you mean 'shop'"),
+    "attackers that are none": (["check", TINY, *sets("faults.attackers=shop")], "0 to 1, or a list of their names"),
+    "attackers that are true": (["check", TINY, *sets("faults.attackers=true")], "attackers: must not be true or false"),
+    "a misspelt attack": (["run", TINY, *sets("faults.attack=sign_flp")], "attack: Input should be 'sign_flip', 'scaled'"),
+    "a misspelt setting of faults": (["run", TINY, *sets("faults.atackers=0.4")], "did you mean 'attackers'"),
+    "a strength that nothing has": (["run", TINY, *sets("faults.attack='nan'", "faults.strength=3")], "'nan' has none, so leave"),
     "more virtual tokens than fit": (["run", TINY, *sets("method.virtual_tokens=600")], "virtual_tokens = 600 leaves no room"),
 }  # fmt: skip
 
@@ -143,7 +148,8 @@ def test_a_silo_whose_training_diverges_is_named_and_left_out(fedtailor: Command
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["faults.nan=['cafe','clinic','shop']"], ["round 1: no reply of 3 silos could be used", "not finite"]),
+        (["faults.attackers=1.0", "faults.attack=nan"], ["round 1: no reply of 3 silos could be used", "not finite"]),
+        (["faults.deadline=0.01"], ["round 1: no reply of 3 silos could be used", "cafe: later than the deadline"]),
         (["faults.dropout=1.0"], ["round 1: no reply of 3 silos could be used", "clinic: no reply arrived"]),
         (["method.max_delta_norm=1e-9"], ["round 1: no reply of 3 silos", "above method.max_delta_norm"]),
     ],

@@ -237,7 +237,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     "sets",
     [
         [],
-        ["rounds=3", "seeds=[1,2]", "rows=['alone','federated']", "participation=0.5", "faults.nan=['shop']"],
+        ["rounds=3", "seeds=[1,2]", "rows=['alone','federated']", "participation=0.5", "faults.attackers=['shop']"],
         ["silo.shop.virtual_tokens=2", "engine.cohort=3", "data.max_words=50", "method.max_delta_norm=2.5"],
         ['method.init_text=a"b\\nc', "data.labels=['good','bad']", "model.revision=main"],
         ["method={name='lora', targets=['q_proj'], rank=3}", "silo.shop={rank=2, template='{text}!'}"],

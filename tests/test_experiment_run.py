@@ -172,7 +172,7 @@ def test_a_finished_run_asks_nothing_more(engine: Callable[..., InProcess], tmp_
 
 def test_rejections_are_logged_by_silo_and_evaluation_is_not_disturbed(engine: Callable[..., InProcess]) -> None:
     method = Lora(local_steps=1, batch_size=2, rank=2)
-    report = run(replace(counting(rounds=2), method=method), engine(faults=Faults(nan=("shop",))))
+    report = run(replace(counting(rounds=2), method=method), engine(faults=Faults(attackers=("shop",), attack="nan")))
     assert report.log[0]["rejected"] == {}
     for entry in report.log[1:]:
         assert list(entry["rejected"]) == ["shop"]

@@ -168,7 +168,7 @@ def test_a_total_is_the_weighted_sum_by_hand() -> None:
 
 
 def test_a_total_of_some_leaves_out_the_others_and_the_rejected() -> None:
-    one = engine(faults=Faults(nan=("c",)))
+    one = engine(faults=Faults(attackers=("c",), attack="nan"))
     total = one.reach(1).total(work, ASKED, to=["b", "c"])
     assert (total.sum.tensors["w"].tolist(), total.weight, total.silos) == ([4.0, -8.0], 2.0, ("b",))
     assert one.rejected == [(1, "c", "tensors/w")]
@@ -206,7 +206,7 @@ def test_a_round_without_any_usable_reply_ends_the_run_with_the_reasons() -> Non
     with pytest.raises(RunError, match="no reply of 2 silos could be used; a: no reply arrived; b: no reply arrived"):
         ask(engine({"a": 1, "b": 2}, faults=Faults(dropout=1.0)))
     with pytest.raises(RunError, match="no reply of 3 silos"):
-        engine(faults=Faults(nan=("a", "b", "c"))).reach(1).total(work, ASKED)
+        engine(faults=Faults(attackers=("a", "b", "c"), attack="nan")).reach(1).total(work, ASKED)
 
 
 @in_silo
@@ -298,7 +298,7 @@ def test_measuring_leaves_memory_and_traffic_alone() -> None:
 
 def test_faults_strike_after_the_wire() -> None:
     messages: list[bytes] = []
-    one = engine(faults=Faults(sign_flip=("b",)), record=lambda silo, way, data: messages.append(data))
+    one = engine(faults=Faults(attackers=("b",)), record=lambda silo, way, data: messages.append(data))
     found = ask(one)
     assert [reply.body.tensors["w"].tolist() for reply in found] == [[1.0, -2.0], [-2.0, 4.0], [5.0, -10.0]]
     assert wire.unpack(messages[3]).tensors["w"].tolist() == [2.0, -4.0], "what silo b sent"

@@ -124,7 +124,9 @@ def test_the_variate_is_the_mean_over_the_steps(llama: Resident, rated: Mapping[
     ],
     ids=["total", "median", "held", "lora", "alternate"],
 )
-@pytest.mark.parametrize("faults", [Faults(), Faults(dropout=0.4), Faults(nan=("shop",))], ids=["none", "lost", "rejected"])
+@pytest.mark.parametrize(
+    "faults", [Faults(), Faults(dropout=0.4), Faults(attackers=("shop",), attack="nan")], ids=["none", "lost", "rejected"]
+)
 def test_the_servers_variate_stays_the_mean(
     llama: Resident, rated: Mapping[str, SiloData], method: Averaging, faults: Faults
 ) -> None:

@@ -91,7 +91,7 @@ def test_rows_asked_alone_are_as_in_the_whole_run(whole: tuple[Path, dict[str, A
 
 
 def test_faults_strike_the_federated_row_alone(tmp_path: Path) -> None:
-    result = conduct(tmp_path, 'rows=["alone", "federated", "centralized"]', 'faults.nan=["shop"]')
+    result = conduct(tmp_path, 'rows=["alone", "federated", "centralized"]', 'faults.attackers=["shop"]', "faults.attack=nan")
     (why,) = result["rows"]["federated"]["rejected"]
     assert why.startswith("shop: ")
     assert result["rows"]["federated"]["rejected"][why] == 2

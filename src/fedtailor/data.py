@@ -78,6 +78,7 @@ class Data:
     public: str = ""  # rows that the server holds, in columns as the silos': a demo set, file or hub id, as `source`
     public_fraction: Fraction = 0.0  # or so many training rows, held out of every silo, without their answers; in process only
     max_public: Positive | None = None
+    label_noise: Fraction = 0.0  # of each silo's training and validation labels, which are replaced by another; never test
     only: tuple[str, ...] = ()  # of the silos that silo_column names, these alone
     corpus: str = ""  # what is searched: a table, or "FOLDER/{silo}.index", see `retrieval.corpora`; in process only
     documents: Policy = field(default_factory=Policy)  # what of it may leave a silo; over a federation silos say so themselves
@@ -100,6 +101,8 @@ class Data:
             raise ValueError("labels are for classification; set label to the column that holds them")
         if self.labels and len(set(self.labels)) < max(2, len(self.labels)):
             raise ValueError(f"labels must be two or more different words, not {list(self.labels)}")
+        if self.label_noise and not self.label:
+            raise ValueError("label_noise is of labels; set label, or remove it")
         self._check_silos()
         if self.public and self.public_fraction:
             raise ValueError("public names the server's rows, public_fraction holds out the silos'; remove one of them")
@@ -179,6 +182,8 @@ def load(data: Data, overrides: Mapping[str, Mapping[str, Any]], seed: int, owne
         if not parts["train"]:
             raise UserError(_no_training(name, found, dropped[name], mine.max_words))
         kept = {part: _choose(many, getattr(mine, f"max_{part}"), seed, name) for part, many in parts.items()}
+        if mine.label:
+            kept |= {p: rows.mislabelled(kept[p], labels, data.label_noise, seed, name) for p in ("train", "val")}
         settings = {key: value for key, value in overrides.get(name, {}).items() if key not in SILO_FIELDS}
         shown = labels if mine.label else ()
         silos[name] = SiloData(
@@ -309,7 +314,8 @@ def own_settings(data: Data, changed: Mapping[str, Any]) -> dict[str, Any]:
     """`data` with a silo's settings over it. Of answer, label and messages, the silo's choice replaces the other."""
     learnt = ("answer", "label", "messages")
     cleared = dict.fromkeys(learnt, "") if set(learnt) & set(changed) else {}
-    return {**asdict(data), **cleared, **({"labels": ()} if cleared and "label" not in changed else {}), **changed}
+    unlabelled = {"labels": (), "label_noise": 0.0} if cleared and "label" not in changed else {}
+    return {**asdict(data), **cleared, **unlabelled, **changed}
 
 
 @cache

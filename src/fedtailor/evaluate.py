@@ -20,7 +20,7 @@ from fedtailor.answering import Answers
 from fedtailor.core import Ask, Reply, Silo, in_silo
 from fedtailor.data import Row
 
-LOWER_IS_BETTER = frozenset({"loss", "silos_asked"})
+LOWER_IS_BETTER = frozenset({"loss", "silos_asked", "attack_success"})
 TOGETHER = 64  # silos whose rows are scored in one go
 
 
@@ -109,6 +109,12 @@ def summary(counts: Mapping[str, Counts]) -> dict[str, dict[str, Any]]:
         for name, value in metrics(joint(list(counts.values()))).items():
             out[name]["pooled"] = value
     return out
+
+
+def success(counts: Mapping[str, Counts]) -> dict[str, dict[str, Any]]:
+    """Of a backdoor: the accuracy on rows that its trigger is in, as one metric. Lower is better. Empty where there is no row."""
+    found = over_silos({silo: {"attack_success": metrics(one)["accuracy"]} for silo, one in counts.items() if one.rows})
+    return {name: {**one, "pooled": metrics(joint(list(counts.values())))["accuracy"]} for name, one in found.items()}
 
 
 def over_silos(per_silo: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:

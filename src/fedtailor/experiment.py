@@ -80,6 +80,7 @@ class Running(Protocol):
     silos: tuple[str, ...]
     rejected: list[tuple[int, str, str]]
     traffic: Any
+    waited: float  # in faults.slow's and faults.deadline's time, since this was last taken
 
     def reach(self, number: int, silos: Sequence[str] | None = None, *, disturbed: bool = True) -> Ask: ...
     def commit(self) -> Mapping[str, dict[str, Any]]: ...  # the memories that a round changed; none where silos keep them
@@ -151,6 +152,8 @@ def _ended(
     trained = time.perf_counter() - began
     entry: dict[str, Any] = {"round": number, "bytes_up": up, "bytes_down": down, "seconds": trained, "rejected": {}}
     entry |= dict(getattr(state, "notes", {}))
+    if engine.waited:
+        entry["waited"], engine.waited = engine.waited, 0.0
     if number % experiment.evaluate.every == 0 or number == experiment.rounds:
         name, ask = experiment.evaluate.best_by, engine.reach(number, disturbed=False)
         if hasattr(method, "judge"):  # its questions are those of who asks

@@ -28,6 +28,7 @@ METRICS = {
     "recall_at_5": Metric("recall@5", "higher"), "mrr": Metric("MRR", "higher"), "token_f1": Metric("token F1", "higher"),
     "rouge_l": Metric("ROUGE-L", "higher"), "bleu": Metric("BLEU", "higher"), "exact_match": Metric("exact match", "higher"),
     "silos_asked": Metric("silos asked", "lower"), "loss": Metric("loss", "lower"),
+    "attack_success": Metric("attack success", "lower"),
     "gap": Metric("exactness gap of the aggregation", "lower"),
 }
 ROWS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "alone": "alone", "alone.own": "alone, own",
@@ -83,6 +84,7 @@ COSTS = {
     "epsilon": Cost("epsilon", number, "over all seeds"),
     "public_distance": Cost("distance of public rows", unit="of 1, Jensen-Shannon divergence of their tokens from the silos'"),
     "declined_share": Cost("share declined", unit="of public rows, which silos hold themselves"),
+    "waited": Cost("waited", number, "times of a usual silo's time, over all rounds"),
     "trained_parameters": Cost("params", lambda count: _scaled(count, ("", " k", " M", " G")), "parameters"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedtailor import answering, baselines, models, packaged
+from fedtailor import answering, baselines, models, packaged, poisoning
 from fedtailor import data as rows_of
 from fedtailor.data import SILO_FIELDS, Row, SiloData
 from fedtailor.errors import SiloError, UserError, suggest
@@ -39,6 +39,9 @@ def prepare(
     for seed in () if afar else experiment.seeds:  # another seed deals other rows, and draws other examples
         again = loaded if seed == experiment.seeds[0] else rows_of.load(experiment.data, experiment.silo, seed)
         fits(resident, again.silos, taken=taken)
+        if (faults := experiment.faults).attack == "backdoor":
+            for rows in (poisoning.poisoned(again.silos, faults, seed), poisoning.triggered(again.silos, faults)):
+                fits(resident, rows, taken=taken, advice="it has a trigger in front; set data.max_words")
         if hasattr(experiment.method, "ready"):
             experiment.method.ready(resident, again.silos)
         if "few_shot" in experiment.rows and not resident.classifier:
@@ -82,6 +85,8 @@ def _told_together(experiment: Experiment, afar: Sequence[str], at_hand: rows_of
         errors.append(str(error))
     if loaded is not None and getattr(experiment.method, "needs_public", False) and not loaded.public:
         errors.append("[data] the method needs rows that the server may hold: set public to a file, or public_fraction")
+    if loaded is not None:
+        errors += poisoning.unfit(loaded.silos, experiment.faults, afar)
     errors += _never_warm(experiment)
     if loaded is not None and hasattr(experiment.method, "unaffordable"):
         errors += experiment.method.unaffordable(loaded.silos, experiment.rounds)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,20 @@ def plain(row: Row) -> tuple[Any, ...]:
     """All of a row as what `digest` takes."""
     told = (row.prompt, row.answer, row.id, row.messages)
     return (*told, row.image.sha256()) if row.image is not None else told
+
+
+def mislabelled(many: Sequence[Row], labels: Sequence[str], share: float, seed: int, silo: str) -> tuple[Row, ...]:
+    """`share` of the rows, rounded, with another label, each other one as likely; drawn by what the rows are."""
+    if not share:
+        return tuple(many)
+    dice = [digest("label noise", seed, silo, plain(row)) for row in many]
+    drawn = set(sorted(range(len(many)), key=dice.__getitem__)[: math.floor(share * len(many) + 0.5)])
+    return tuple(replace(row, answer=_another(row.answer, labels, dice[i])) if i in drawn else row for i, row in enumerate(many))
+
+
+def _another(label: str, labels: Sequence[str], dice: str) -> str:
+    others = [each for each in labels if each != label]
+    return others[int(dice[-12:], 16) % len(others)]  # its end: by its beginning the row was drawn
 
 
 def _image(data: Data, table: Table, index: int) -> images.Image:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtailor import baselines, loaders, models, paired, peak, progress, questions, wire
+from fedtailor import baselines, loaders, models, paired, peak, poisoning, progress, questions, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import Row, SiloData
@@ -95,7 +95,8 @@ class Seed:
         if row == "centralized":
             method = experiment.method_of(row).pooled(drawn(len(self.data), experiment.participation))
             return self._trained(folder, baselines.pooled(self.data), method)
-        return self._trained(folder, self.data, experiment.method, federated=True)
+        data = self.data if self.run.courier else poisoning.poisoned(self.data, experiment.faults, self.seed)
+        return self._trained(folder, data, experiment.method, federated=True)
 
     def _served(self, served: Any) -> dict[str, Any]:
         """A row without training."""
@@ -162,7 +163,10 @@ class Seed:
             self._kept(folder, report.served)
         began = time.perf_counter()
         found, traffic, rejected = self._tested(report.served, base)
-        own = {}
+        own, attacked = {}, {}
+        if federated and experiment.faults.attack == "backdoor":
+            tried, more, _ = self._tested(report.served, base, poisoning.triggered(self.data, experiment.faults))
+            attacked, traffic = scoring.success(tried), (traffic[0] + more[0], traffic[1] + more[1])
         if federated and hasattr(method, "own"):
             asked = engine.reach(experiment.rounds + 1, disturbed=False)
             before = len(engine.rejected)
@@ -179,7 +183,7 @@ class Seed:
         if hasattr(method, "split"):  # of LoRA's factors, one may never be trained
             tensors = {n: t for number in (1, 2) for n, t in method.split(report.state, number)[0].items()}
         return {
-            **scoring.summary(found), **sums, "peak_memory_mb": peak.megabytes(),
+            **scoring.summary(found), **attacked, **sums, "peak_memory_mb": peak.megabytes(),
             "trained_parameters": sum(t.numel() for t in tensors.values()),
             "best_round": report.best_round, "rounds": experiment.rounds, "rejected": _counted(report.log) | rejected,
             "samples": self._samples(report.served, base), **own, **_told(report),
@@ -264,10 +268,10 @@ class Seed:
         )  # fmt: skip
 
     def _tested(
-        self, served: Any, base: models.Resident | None = None
+        self, served: Any, base: models.Resident | None = None, data: Mapping[str, SiloData] | None = None
     ) -> tuple[dict[str, scoring.Counts], tuple[int, int], dict[str, int]]:
         """Counts per silo on the test rows: read once, here. Then bytes up and down, and which silos are missing, and why."""
-        tested = {name: rows for name, rows in self.data.items() if rows.test or self.run.courier}
+        tested = {name: rows for name, rows in (data or self.data).items() if rows.test or self.run.courier}
         if not tested:
             return {}, (0, 0), {}
         engine = self.engine(tested, 0, "test", disturbed=False, base=base)
@@ -324,6 +328,7 @@ class Recorder:
 
 
 TOLD = ("model_calls", "epsilon")  # of the last round's notes, what is so of the whole run
+SUMS = ("waited",)  # what adds up over all rounds
 MEANS = ("public_distance", "declined_share")  # what is told as the mean of all rounds
 
 
@@ -331,6 +336,7 @@ def _told(report: Report) -> dict[str, Any]:
     """Of a search: calls and epsilon of the whole of it, and the prompt that it found. Of distillation, what public rows were."""
     last = report.log[-1]
     found: dict[str, Any] = {name: last[name] for name in TOLD if name in last}
+    found |= {name: sum(told) for name in SUMS if (told := [one[name] for one in report.log if name in one])}
     found |= {name: statistics.fmean(told) for name in MEANS if (told := [one[name] for one in report.log if name in one])}
     prompt = getattr(report.served, "prompt", None)
     return found if prompt is None else {**found, "prompt": prompt.template}

@@ -41,6 +41,7 @@ class InProcess:
     record: Record | None = None
     public: Any = None  # the server's own rows: `Ask.here.data`
     traffic: Traffic = field(default_factory=Traffic)
+    waited: float = 0.0  # as `Faults.waited` tells
     rejected: list[tuple[int, str, str]] = field(default_factory=list)  # round, silo, reason
 
     def __post_init__(self) -> None:
@@ -48,6 +49,7 @@ class InProcess:
             name: Desk(name, rows, self.models, self.seed, repeats=False) for name, rows in self.data.items()
         }
         self.silos = tuple(self.desks)
+        self.faults = self.faults.settled(self.silos, self.seed)
         self._place = (-1, 0)  # round, next ask index
 
     def reach(self, number: int, silos: Sequence[str] | None = None, *, disturbed: bool = True) -> Reach:

@@ -52,6 +52,7 @@ class Carrier(Protocol):
 
     minimum: int  # usable replies without which an exchange fails
     faults: Faults
+    waited: float  # for replies since this was last taken, in times of a usual silo's time
     rejected: list[tuple[int, str, str]]  # round, silo, reason
     public: Any  # the server's own rows
     models: Mapping[str, Any]  # and its residents
@@ -107,7 +108,8 @@ class Reach:
         replies = self._arrived(request, to, deadline, missing)
         if self.disturbed:
             seed = seed_of(self.engine.seed, "faults", request.round, request.index)
-            replies = self.engine.faults.inject(replies, seed)
+            replies = self.engine.faults.inject(replies, seed, missing)
+            self.engine.waited += self.engine.faults.waited(to, seed)
         for reply in replies:
             del missing[reply.silo]
             if (found := _problem(reply.body, asked, kind)) is not None:

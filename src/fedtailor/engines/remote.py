@@ -60,12 +60,14 @@ class Remote:
     public: Any = None  # the server's own rows, and its residents: `Ask.here`
     models: Mapping[str, Any] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
+    waited: float = 0.0  # as `Faults.waited` tells
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
     opened: dict[str, Opened] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)  # exchanges in a row that a silo could not be reached in
 
     def __post_init__(self) -> None:
         self.silos = tuple(self.courier.silos)
+        self.faults = self.faults.settled(self.silos, self.seed)
         self._place = (-1, 0)  # round, next ask index
         self._committed = -1
         self._refused: dict[str, Refusal] = {}
