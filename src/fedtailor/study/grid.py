@@ -26,6 +26,7 @@ from fedtailor import experiment as experiments
 from fedtailor import tables
 from fedtailor.errors import UserError, suggest
 from fedtailor.experiment import Experiment, RowName
+from fedtailor.faults import Faults
 
 Value = str | float | int
 Overlay = Mapping[str, Any]  # dotted path of a setting -> its value
@@ -201,7 +202,9 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
 
 def key_of(experiment: Experiment) -> str:
     """Of what an experiment computes, whatever it and its rows are called."""
-    content = {k: v for k, v in experiments.as_table(experiment).items() if k not in NOT_CONTENT}
+    idle = not experiment.faults.attackers and experiment.faults.attack != "backdoor"  # of which success is counted anyway
+    faults = replace(experiment.faults, attack=Faults.attack, strength=Faults.strength) if idle else experiment.faults
+    content = {k: v for k, v in experiments.as_table(replace(experiment, faults=faults)).items() if k not in NOT_CONTENT}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
