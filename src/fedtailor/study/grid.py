@@ -4,6 +4,9 @@
     [base]                                   # an experiment, as `fedtailor run` takes it; or base = "FILE.toml"
     [choice.method.lora]                     # what the value "lora" of the axis "method" lays over it
     "method.name" = "lora"
+    [choice.rows_of.natural]
+    remove = ["data.silos"]                  # settings of the base that it is without
+    "data.silo_column" = "hospital"
     [[part]]
     name = "skew"
     axes = { method = ["prefix", "lora"], alpha = [0.1, 1, 100] }     # all combinations
@@ -12,6 +15,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -39,6 +43,7 @@ SETTINGS = {
     "participation": "participation", "rounds": "rounds", "dropout": "faults.dropout", "noise": "faults.noise",
     "attackers": "faults.attackers", "attack": "faults.attack", "stragglers": "faults.slow", "model": "model.name",
 }  # fmt: skip
+REMOVE = "remove"  # in a choice, or in a part's set: settings of the base that are to be as if they had not been written
 NOT_CONTENT = ("name", "rows")  # of an experiment: neither changes a number of a row
 
 
@@ -53,6 +58,7 @@ class Part:
     about: str = ""  # a sentence or two for the report
     set: Mapping[str, Any] = field(default_factory=dict)  # over the base, for all of this part
     base: str = ""  # another experiment file than the study's own [base]
+    choice: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)  # before the study's own
     rows: tuple[RowName, ...] = ("federated",)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()  # none: the study's
     along: str = ""  # the axis that plots run along; by default the last
@@ -178,7 +184,7 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
     where = f"{place}: [[part]] {part.name}"
     try:
         start = _base(part.base or base, place, folder)
-        overlays = {axis: {value: _overlay(axis, value, head.choice) for value in values} for axis, values in part.axes.items()}
+        overlays = {axis: {value: _overlay(axis, value, {**head.choice, **part.choice}) for value in values} for axis, values in part.axes.items()}
     except UserError as error:
         errors.append(f"{where}: {error}")
         return
@@ -186,9 +192,9 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
         at = dict(zip(part.axes, values, strict=True))
         if any(all(at.get(axis) == value for axis, value in left.items()) for left in part.skip):
             continue
-        laid: dict[str, Any] = flat(part.set)
-        for axis, value in at.items():
-            laid |= overlays[axis][value]
+        laid: dict[str, Any] = {}
+        for overlay in (flat(part.set), *(overlays[axis][value] for axis, value in at.items())):
+            laid |= {**overlay, REMOVE: [*laid.get(REMOVE, ()), *overlay.get(REMOVE, ())]}
         told = ", ".join(f"{axis} {value}" for axis, value in at.items())
         try:
             one = experiments.parse(_laid(start, laid, folder), f"{where}{f' ({told})' if told else ''}")
@@ -239,11 +245,15 @@ def _overlay(axis: str, value: Value, choices: Mapping[str, Mapping[str, Mapping
 
 
 def _laid(start: Mapping[str, Any], laid: Overlay, folder: Path) -> dict[str, Any]:
-    """The base with these settings over it; another method leaves out what the base says of its own."""
+    """The base with these settings over it, and without those to remove; another method leaves out what the base says of its own."""
     table = copy.deepcopy(dict(start))
     written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
+    for path in laid.get(REMOVE, ()):
+        *parts, key = path.split(".")
+        functools.reduce(lambda inside, part: inside.get(part, {}), parts, table).pop(key, None)
     for path, value in laid.items():
-        experiments.put(table, path, copy.deepcopy(value))
+        if path != REMOVE:
+            experiments.put(table, path, copy.deepcopy(value))
     table.pop("name", None)
     table.pop("seeds", None)
     table.pop("rows", None)
