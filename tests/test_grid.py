@@ -28,7 +28,9 @@ def test_all_combinations_of_the_axes_and_seeds() -> None:
     one = a_study({"name": "p", "axes": {"method": ["prefix", "lora"], "dropout": [0.0, 0.1, 0.2]}})
     assert len(one.cells) == len(one.runs()) == 2 * 3 * 2
     assert [(dict(c.at), c.seed) for c in one.cells[:3]] == [
-        ({"method": "prefix", "dropout": 0.0}, 0), ({"method": "prefix", "dropout": 0.0}, 1), ({"method": "prefix", "dropout": 0.1}, 0),
+        ({"method": "prefix", "dropout": 0.0}, 0),
+        ({"method": "prefix", "dropout": 0.0}, 1),
+        ({"method": "prefix", "dropout": 0.1}, 0),
     ]  # fmt: skip
     last = one.cells[-1].experiment
     assert (type(last.method).__name__, last.faults.dropout, last.seeds, last.rows) == ("Lora", 0.2, (1,), ("federated",))
@@ -44,10 +46,11 @@ def test_a_choice_lays_many_settings_and_takes_others_away() -> None:
 
 
 def test_a_part_has_choices_and_settings_of_its_own_and_the_axis_wins() -> None:
+    low = {"rate": {"low": {"method.lr": 0.01}}}
     one = a_study(
-        {"name": "p", "set": {"method.lr": 0.1, "rounds": 3}, "axes": {"rate": ["low"]}, "choice": {"rate": {"low": {"method.lr": 0.01}}}},
+        {"name": "p", "set": {"method.lr": 0.1, "rounds": 3}, "axes": {"rate": ["low"]}, "choice": low},
         choice={"rate": {"low": {"method.lr": 0.7}}},
-    )  # fmt: skip
+    )
     assert (one.cells[0].experiment.method.lr, one.cells[0].experiment.rounds) == (0.01, 3)
 
 
@@ -77,6 +80,11 @@ def test_a_key_is_of_what_is_computed() -> None:
     others = [key(**{"method.lr": 0.5}), key(rounds=3), key(**{"faults.attackers": 0.4})]
     assert len({key(), *others, key(**{"faults.attackers": 0.4, "faults.attack": "gaussian"})}) == 5
     assert a_study({"name": "p"}, seeds=[3]).cells[0].key != key()
+
+
+def test_a_setting_written_out_at_its_default_is_the_same() -> None:
+    one, other = (a_study({"name": "p", "set": over}, seeds=[0]) for over in ({}, {"method.server_beta2": 0.99}))
+    assert one.cells[0].key == other.cells[0].key
 
 
 def test_combinations_can_be_left_out() -> None:

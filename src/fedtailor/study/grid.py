@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +45,7 @@ SETTINGS = {
 }  # fmt: skip
 REMOVE = "remove"  # in a choice, or in a part's set: settings of the base that are to be as if they had not been written
 NOT_CONTENT = ("name", "rows")  # of an experiment: neither changes a number of a row
+KEYS = 1  # counted up when a default changes: what was run before it is something else
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
     where = f"{place}: [[part]] {part.name}"
     try:
         start = _base(part.base or base, place, folder)
-        overlays = {axis: {value: _overlay(axis, value, {**head.choice, **part.choice}) for value in values} for axis, values in part.axes.items()}
+        known = {**head.choice, **part.choice}
+        overlays = {axis: {value: _overlay(axis, value, known) for value in values} for axis, values in part.axes.items()}
     except UserError as error:
         errors.append(f"{where}: {error}")
         return
@@ -207,11 +209,27 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
 
 
 def key_of(experiment: Experiment) -> str:
-    """Of what an experiment computes, whatever it and its rows are called."""
+    """Of what an experiment computes, whatever it and its rows are called. Settings at their defaults are left out, so that
+    a setting more in a later version does not make all runs anew."""
     idle = not experiment.faults.attackers and experiment.faults.attack != "backdoor"  # of which success is counted anyway
     faults = replace(experiment.faults, attack=Faults.attack, strength=Faults.strength) if idle else experiment.faults
-    content = {k: v for k, v in experiments.as_table(replace(experiment, faults=faults)).items() if k not in NOT_CONTENT}
+    said = {k: v for k, v in _said(replace(experiment, faults=faults)).items() if k not in NOT_CONTENT}
+    content = {"method": experiments.name_of(type(experiment.method)), "settings": said, "keys": KEYS}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _said(value: Any) -> Any:
+    """What a dataclass holds beside its defaults, all the way down."""
+    if is_dataclass(value):
+        held = {item.name: (getattr(value, item.name), _default(item)) for item in fields(value)}
+        return {name: _said(now) for name, (now, default) in held.items() if now != default}
+    if isinstance(value, Mapping):
+        return {key: _said(one) for key, one in value.items()}
+    return [_said(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _default(item: Any) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
 def flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -245,7 +263,7 @@ def _overlay(axis: str, value: Value, choices: Mapping[str, Mapping[str, Mapping
 
 
 def _laid(start: Mapping[str, Any], laid: Overlay, folder: Path) -> dict[str, Any]:
-    """The base with these settings over it, and without those to remove; another method leaves out what the base says of its own."""
+    """The base with these settings over it, and without those to remove. Another method leaves out what is of the base's own."""
     table = copy.deepcopy(dict(start))
     written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
     for path in laid.get(REMOVE, ()):
