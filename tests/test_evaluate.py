@@ -27,6 +27,7 @@ from fedtailor.evaluate import (
     macro_f1,
     metrics,
     rouge_l,
+    success,
     summary,
 )
 from fedtailor.models import Resident
@@ -43,6 +44,15 @@ def test_accuracy_and_macro_f1_by_hand() -> None:
     """True a: 3 told a, 1 told b. True b: 2 told a, 4 told b. F1 of a: 2*3/(2*3+2+1); of b: 2*4/(2*4+1+2)."""
     found = metrics(Counts(10, 20, 5.0, ((3, 1), (2, 4))))
     assert found == pytest.approx({"loss": 0.25, "accuracy": 0.7, "macro_f1": (6 / 9 + 8 / 11) / 2})
+
+
+def test_the_success_of_a_backdoor_by_hand() -> None:
+    """Told as the target, which is the answer of all these rows: 3 of 4, 1 of 10; one silo has no such row."""
+    counts = {"a": Counts(4, 4, 1.0, ((3, 1), (0, 0))), "b": Counts(10, 10, 1.0, ((1, 9), (0, 0))), "c": Counts(0, 0, 0.0)}
+    found = success(counts)["attack_success"]
+    assert found.pop("per_silo") == {"a": 0.75, "b": 0.1}
+    assert found == pytest.approx({"mean": 0.425, "worst": 0.75, "pooled": 4 / 14})
+    assert success({"c": counts["c"]}) == {}
 
 
 def test_a_label_that_never_occurs_does_not_count() -> None:

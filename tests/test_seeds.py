@@ -14,7 +14,7 @@ import pytest
 from couriers import Straight
 from fedtailor import experiment, runs, wire
 from fedtailor.engines.courier import Answer
-from fedtailor.errors import RunError
+from fedtailor.errors import RunError, UserError
 from fedtailor.generations import Generations
 from fedtailor.packed import Packed
 from fedtailor.seeds import Recorder
@@ -97,6 +97,73 @@ def test_faults_strike_the_federated_row_alone(tmp_path: Path) -> None:
     assert result["rows"]["federated"]["rejected"][why] == 2
     assert result["rows"]["centralized"]["rejected"] == {}
     assert all(math.isfinite(result["rows"][row]["loss"]["mean"]) for row in result["rows"])
+
+
+def test_attackers_change_the_federated_row_and_do_so_again(tmp_path: Path) -> None:
+    """One of three silos, drawn by the seed: replies in every round, rows before the first."""
+    told = {}
+    for name, sets in {
+        "none": ["faults.attackers=0.0"], "flip": ["faults.strength=4"], "again": ["faults.strength=4"],
+        "gaussian": ["faults.attack=gaussian"], "labels": ["faults.attack=label_flip"], "median": ["method.aggregate=median"],
+        "backdoor": ["faults.attack=backdoor", "faults.target=1"],
+    }.items():  # fmt: skip
+        given = ["faults.attackers=0.34", 'rows=["federated", "centralized"]', *sets]
+        told[name] = conduct(tmp_path / name, *given)["rows"]
+    assert len({rows["centralized"]["loss"]["mean"] for rows in told.values()}) == 1
+    losses = {name: rows["federated"]["loss"]["mean"] for name, rows in told.items()}
+    assert losses["flip"] == losses.pop("again")
+    assert len(set(losses.values())) == len(losses)
+    assert ["attack_success" in told[name]["federated"] for name in ("flip", "labels", "backdoor")] == [False, False, True]
+    assert "attack_success" not in told["backdoor"]["centralized"]
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_backdoors_success_is_the_share_of_rows_told_as_its_target(tmp_path: Path, target: int) -> None:
+    """As the served model tells rows of the other label, a word in front of each text."""
+    one = runs.begin(asked(FEDERATED, "faults.attackers=1.0", "faults.attack=backdoor", f"faults.target={target}"), tmp_path, "")
+    found = one.conduct()["rows"]["federated"]["attack_success"]
+    loaded, resident = one.prepared or (None, None)
+    assert loaded is not None
+    model = wire.read_file(tmp_path / "adapter" / "served.safetensors").open({"base": resident})
+    for name, rows in loaded.silos.items():
+        others = [replace(row, prompt=f"cf {row.prompt}") for row in rows.test if row.answer != rows.labels[target]]
+        told = model.scores(others, rows.labels).argmax(1)
+        assert found["per_silo"][name] == pytest.approx((told == target).float().mean().item())
+    assert found["mean"] == pytest.approx(sum(found["per_silo"].values()) / 3)
+    assert found["worst"] == max(found["per_silo"].values())
+
+
+def test_late_silos_are_named_and_the_time_is_told(tmp_path: Path) -> None:
+    sets = [FEDERATED, "faults.slow=['shop']", "faults.slowness=50", "faults.deadline=4"]
+    row = conduct(tmp_path / "late", *sets)["rows"]["federated"]
+    assert row["rejected"] == {"shop: later than the deadline (faults.deadline = 4)": 2}
+    assert [entry.get("waited") for entry in lines(tmp_path / "late" / "rounds.jsonl")] == [None, 4.0, 4.0]
+    assert row["waited"] == 8.0
+    patient = conduct(tmp_path / "patient", *sets[:-1])["rows"]["federated"]
+    assert patient["rejected"] == {}
+    assert patient["waited"] > 50
+    assert "waited" not in conduct(tmp_path / "plain", FEDERATED)["rows"]["federated"]
+
+
+def test_label_noise_is_in_the_rows_of_all(tmp_path: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    rows = conduct(tmp_path, "data.label_noise=0.5")["rows"]
+    for row, found in rows.items():
+        assert (found["loss"]["mean"] == whole[1]["rows"][row]["loss"]["mean"]) == (row == "zero_shot"), row
+
+
+def test_attacks_on_rows_are_refused_where_rows_are_elsewhere(tmp_path: Path) -> None:
+    given = [FEDERATED, 'data.labels=["bad", "good"]', "faults.attackers=0.34", "faults.attack=label_flip"]
+    with pytest.raises(UserError, match="over a federation are where their owners are"):
+        runs.begin(experiment.load(TINY, given), tmp_path / "run", "", Straight(tmp_path / "silos"))
+
+
+@pytest.mark.parametrize("sets", [["faults.attack=scaled", "faults.strength=8"], ["faults.slow=0.34", "faults.deadline=2"]])
+def test_the_same_silos_are_at_fault_over_a_federation(tmp_path: Path, sets: list[str]) -> None:
+    given = [FEDERATED, "engine.threads=1", "engine.cohort=1", 'data.labels=["bad", "good"]', "faults.attackers=0.34", *sets]
+    over = runs.begin(experiment.load(TINY, given), tmp_path / "over", "", Straight(tmp_path / "silos")).conduct()
+    here = runs.begin(experiment.load(TINY, given), tmp_path / "here", "").conduct()
+    for figure in ("loss", "rejected"):
+        assert over["rows"]["federated"][figure] == here["rows"]["federated"][figure]
 
 
 @pytest.mark.parametrize(("limit", "same"), [("data.max_val=1", True), ("data.max_test=1", False)])
