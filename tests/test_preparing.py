@@ -58,6 +58,9 @@ def test_an_encoder_cuts_instead(bert: Resident) -> None:
     [
         (["evaluate.best_by=rouge_l"], "best_by = 'rouge_l': not measured on this task .choices: loss, accuracy, macro_f1"),
         (["faults.attackers=['nowhere']"], r"\[faults\] attackers: the data has no silo 'nowhere'"),
+        (["faults.attackers=0.4", "method.name=search"],
+         r"\[faults\] attack = 'sign_flip' changes what is averaged, and silos of method 'search' send no such tensors"),
+        (["faults.noise=0.1", "method.name=search"], r"\[faults\] noise = 0.1 changes what is"),
         (["faults.slow=['shpo']"], r"\[faults\] slow: the data has no silo 'shpo'; did you mean 'shop'"),
         (["faults.attackers=0.1"], "attackers = 0.1 of 3 silos is none; choose 0.17 or more"),
         (["faults.attack=backdoor", "faults.target=2"], r"\[faults\] target = 2: there are 2 labels; choose 0 to 1"),

@@ -117,6 +117,18 @@ def test_attackers_change_the_federated_row_and_do_so_again(tmp_path: Path) -> N
     assert "attack_success" not in told["backdoor"]["centralized"]
 
 
+def test_an_attacker_among_three_moves_the_mean_and_no_robust_aggregate(tmp_path: Path) -> None:
+    def moved(name: str, *sets: str) -> float:
+        conduct(tmp_path / name, FEDERATED, "rounds=1", f"method.aggregate={name}", "method.byzantine=0.34", *sets)
+        return float(lines(tmp_path / name / "rounds.jsonl")[1]["delta_norm"])
+
+    attack = ["faults.attackers=0.34", "faults.attack=scaled", "faults.strength=1e4"]
+    usual = moved("fedtailor.aggregate:mean")
+    assert moved("mean", *attack) > 1000 * usual
+    for name in ("median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "norm_clipping"):
+        assert moved(name, *attack) < 3 * usual, name
+
+
 @pytest.mark.parametrize("target", [0, 1])
 def test_a_backdoors_success_is_the_share_of_rows_told_as_its_target(tmp_path: Path, target: int) -> None:
     """As the served model tells rows of the other label, a word in front of each text."""

@@ -184,13 +184,16 @@ def _dice(what: str, seed: int, silo: str) -> random.Random:
     return random.Random(f"faults/{what}/{seed}/{silo}")
 
 
+def struck(body: Any) -> dict[str, Tensors]:
+    """What of a reply attacks and noise change: its fields that are dictionaries of tensors, and not empty."""
+    held = {f.name: getattr(body, f.name) for f in fields(body)}
+    return {
+        name: value for name, value in held.items()
+        if isinstance(value, dict) and value and all(isinstance(t, torch.Tensor) for t in value.values())
+    }  # fmt: skip
+
+
 def _changed(reply: Reply[Any], how: Sent, strength: float, dice: torch.Generator) -> Reply[Any]:
     """The reply with its dictionaries of tensors changed, everything else as it came."""
-    body = reply.body
-    new = {
-        f.name: how(getattr(body, f.name), strength, dice)
-        for f in fields(body)
-        if isinstance(getattr(body, f.name), dict)
-        and all(isinstance(t, torch.Tensor) for t in getattr(body, f.name).values())
-    }
-    return Reply(reply.silo, replace(body, **new))
+    new = {name: how(learnt, strength, dice) for name, learnt in struck(reply.body).items()}
+    return Reply(reply.silo, replace(reply.body, **new))

@@ -8,7 +8,8 @@ from fedtailor import answering, baselines, models, packaged, poisoning
 from fedtailor import data as rows_of
 from fedtailor.data import SILO_FIELDS, Row, SiloData
 from fedtailor.errors import SiloError, UserError, suggest
-from fedtailor.experiment import Experiment
+from fedtailor.experiment import Experiment, name_of
+from fedtailor.faults import SENT, struck
 from fedtailor.rows import digest, plain
 
 NEEDS = {
@@ -28,9 +29,10 @@ def prepare(
     classes = any(rows.labels for rows in loaded.silos.values())
     resident = models.load(experiment.model)
     _answerable(experiment, resident, classes)
-    taken = 0
+    taken, told = 0, max(len(rows.labels) for rows in loaded.silos.values())
     if hasattr(experiment.method, "put_on"):
-        taken = experiment.method.put_on(resident, max(len(rows.labels) for rows in loaded.silos.values())).shift
+        taken = experiment.method.put_on(resident, told).shift
+    _struck(experiment, resident, told)
     if loaded.public and hasattr(experiment.method, "suited"):
         labels = next((rows.labels for rows in loaded.silos.values() if rows.labels), ())
         experiment.method.suited(resident, loaded.public, labels)
@@ -153,6 +155,16 @@ def _answerable(experiment: Experiment, resident: models.Resident, classes: bool
         raise UserError(f"[model] name = {name!r}: {what} tells labels, it writes no text; set data.label, or a causal model")
     if experiment.data.messages and not getattr(resident.tokenizer, "chat_template", None):
         raise UserError(f"[data] messages: {name!r} has no chat template; use template and answer, or a chat model")
+
+
+def _struck(experiment: Experiment, resident: models.Resident, labels: int) -> None:
+    """Faults that change tensors find some."""
+    which, method = experiment.faults, experiment.method
+    what = [f"attack = {which.attack!r}"] * bool(which.attackers and which.attack in SENT)
+    what += [f"noise = {which.noise:g}"] * bool(which.noise)
+    if what and hasattr(method, "example") and not struck(method.example(resident, labels)):
+        why = f"changes what is averaged, and silos of method {name_of(type(method))!r} send no such tensors; leave it out"
+        raise UserError(f"[faults] {what[0]} {why}")
 
 
 def _has(experiment: Experiment, row: str) -> bool:
