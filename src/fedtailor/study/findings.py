@@ -1,0 +1,40 @@
+"""What a study shows, and what it does not: sentences computed from its figures, each with its test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from fedtailor.study import efficiency, performance, robustness
+from fedtailor.study.grid import Study
+from fedtailor.study.measured import Found
+from fedtailor.study.points import Points, gather
+from fedtailor.study.wording import Finding, finding, listed
+
+__all__ = ["Finding", "findings"]
+
+TOLD: dict[str, tuple[Callable[[Study, Points], Iterator[Finding]], ...]] = {
+    "performance": (performance.told, efficiency.told),
+    "efficiency": (efficiency.told, performance.told),
+    "robustness": (robustness.told,),
+}
+NAMED = 4  # of what is missing; the others are counted
+
+
+def findings(study: Study, found: Sequence[Found]) -> list[Finding]:
+    """All sentences, part by part. Of a study that is not finished: what is there is said, and what is missing is named."""
+    said: list[Finding] = []
+    for part in study.parts:
+        points = gather(study, part, found)
+        for tell in TOLD[part.asks]:
+            said += tell(study, points)
+        said += _missing(points)
+    return said
+
+
+def _missing(points: Points) -> list[Finding]:
+    if not points.missing:
+        return []
+    more = len(points.missing) - NAMED
+    named = [*points.missing[:NAMED], *([f"{more} more"] if more > 0 else [])]
+    text = f"{len(points.missing)} of {len(points.asked)} cells are not finished, or have no {points.metric}: "
+    return [finding(points, {}, text + listed([f"({name})" for name in named]), "none", None)]
