@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from fedtailor import figures
 from fedtailor.figures import is_number
@@ -30,6 +31,7 @@ class Points:
     seeds: tuple[int, ...]  # that the part asks for
     asked: tuple[tuple[Key, int], ...]  # point and seed of every cell
     found: Mapping[tuple[Key, str], Mapping[int, Found]]  # point and row -> seed -> figures
+    base: str = ""  # the file of the experiment that it is laid over, where it is one
 
     @property
     def better(self) -> str:
@@ -101,7 +103,9 @@ def gather(study: Study, part: Part, found: Iterable[Found]) -> Points:
     places = [(key(cell.at), cell.seed) for cell in cells] or [(key(one.at), one.seed) for one in mine]
     points = tuple(dict(place) for place in dict.fromkeys(place for place, _ in places))
     seeds = tuple(sorted({seed for _, seed in places}))
-    return Points(part, metric, part.over if pooled else "silos", points, seeds, tuple(dict.fromkeys(places)), told)
+    base = part.base or study.source.get("base")
+    file = Path(base).name if isinstance(base, str) else ""
+    return Points(part, metric, part.over if pooled else "silos", points, seeds, tuple(dict.fromkeys(places)), told, file)
 
 
 def ordered(values: Sequence[Value], against: Value) -> list[list[Value]]:

@@ -79,7 +79,7 @@ def _line(study: Study, points: Points, rest: At) -> Iterator[Finding]:
     worst = max(found, key=lambda drop: drop.loss.difference.mean)
     apart = worst.loss.difference if points.better == "lower" else flipped(worst.loss.difference)
     at_worst = f"at {line} {worst.value} it is {comparative(apart, points.metric, points.better)}"
-    at_worst += f" than {number(start)} at {line} {against}"
+    at_worst += f", from {number(start)} at {line} {against}"
     if max(drop.loss.n for drop in found) == 1:
         text = f"not shown: that {who} gets worse along {line}; with one seed, and at worst, {at_worst}"
         yield finding(points, rest, text, "none: one seed", None)
