@@ -70,14 +70,17 @@ def run(
     folder: Annotated[Path | None, typer.Option("--out", help="the run's folder; default runs/<name>")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run of this folder")] = None,
     federation: Annotated[Path | None, typer.Option("--federation", help="over silos elsewhere: the server's kit")] = None,
+    track: Annotated[str | None, typer.Option("--track", help="also to trackio, mlflow, tensorboard or wandb")] = None,
 ) -> None:
     """Run an experiment: all its rows, then a table, a report page and the adapter."""
-    from fedtailor import report, runs
+    from fedtailor import report, runs, tracking
 
     command = "fedtailor " + shlex.join(sys.argv[1:])
+    tracking.to(track)
     with runs.over(federation, file, resume, sets or [], seed, folder, command) as one:
         err.print(f"run folder: {one.folder}", markup=False, highlight=False, soft_wrap=True)
-        result = _conducted(one, "" if federation is None else f" --federation {shlex.quote(str(federation))}")
+        again = {"--federation": federation, "--track": track}
+        result = _conducted(one, "".join(f" {name} {shlex.quote(str(v))}" for name, v in again.items() if v is not None))
     page = report.write(one.folder)
     out.print(report.table(result))
     out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)

@@ -7,15 +7,15 @@ import random
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
+from fedtailor import energy, find, listed, progress, tables, trainers
 from fedtailor import evaluate as scoring
-from fedtailor import find, listed, progress, tables, trainers
 from fedtailor.core import Ask
 from fedtailor.data import SILO_FIELDS, Data, own_settings
 from fedtailor.errors import UserError, suggest
@@ -28,6 +28,7 @@ Trained = Literal["alone", "centralized", "routed"]
 RowName = Literal[
     "zero_shot", "few_shot", "alone", "federated", "centralized", "hand_written", "noiseless", "routed", "untrained"
 ]  # fmt: skip
+Heard = Callable[[Sequence[Mapping[str, Any]]], object]  # is given the log of rounds
 ROWS = ("zero_shot", "few_shot", "alone", "federated", "centralized")
 
 
@@ -99,11 +100,13 @@ class Report:
 
 
 def run(
-    experiment: Experiment, engine: Running, keep: Generations | None = None, method: Any = None, seed: int = 0
-) -> Report:
+    experiment: Experiment, engine: Running, keep: Generations | None = None, method: Any = None, seed: int = 0,
+    heard: Heard = len,
+) -> Report:  # fmt: skip
     """All rounds of one method over one engine. With `keep`, every round is committed there and a killed run goes on.
 
-    Silos are sampled once per round from the seed. The best round is chosen on validation rows; test is not touched.
+    `heard` is given the log so far, at the start and after each commit. Silos are sampled once per round from the seed. The
+    best round is chosen on validation rows; test is not touched.
     """
     method = experiment.method if method is None else method
     kept = None if keep is None else keep.newest()
@@ -116,16 +119,19 @@ def run(
         entry, best = _ended(experiment, engine, method, 0, state, None, began)
         log = [entry]
         _commit(engine, keep, 0, state, best, log)
+    heard(log)
     with progress.bar("rounds", experiment.rounds) as advance:
         for _ in range(done):
             advance()
         for number in range(done + 1, experiment.rounds + 1):
-            began = time.perf_counter()
-            ask = engine.reach(number, sampled(engine.silos, experiment.participation, seed, number))
-            state = method.round(state, ask)
+            with energy.metered() as spent:
+                began = time.perf_counter()
+                ask = engine.reach(number, sampled(engine.silos, experiment.participation, seed, number))
+                state = method.round(state, ask)
             entry, best = _ended(experiment, engine, method, number, state, best, began)
-            log.append({**entry, "silos": list(ask.silos)})
+            log.append({**entry, **spent, "silos": list(ask.silos)})
             _commit(engine, keep, number, state, best, log)
+            heard(log)
             advance()
             progress.line(_told(log[-1], experiment.rounds))
     chosen, number = (state, experiment.rounds) if best is None else (best.state, best.round)

@@ -43,13 +43,13 @@ def methods() -> dict[str, type[Any]]:
     return {n: c for n, c in found.items() if c is not None}
 
 
-def function(module: str, name: str, place: str, known: set[str]) -> Any:
-    """A public function of one of our modules, or of "package.module:function". Raises UserError."""
+def function(module: str, name: str, place: str, known: set[str], what: str = "function") -> Any:
+    """A public function of one of our modules, or of "package.module:name". Raises UserError. `what`: its word in errors."""
     if ":" in name:
-        return _foreign(name, place, callable, "function")
+        return _foreign(name, place, callable, what)
     if name not in known:
         raise UserError(
-            f"{place} = {name!r}: no such function{suggest(name, known)}; or give 'package.module:function'"
+            f"{place} = {name!r}: no such {what}{suggest(name, known)}; or give 'package.module:{what}'"
         )
     return getattr(importlib.import_module(module), name)
 

@@ -47,6 +47,8 @@ def _merged(key: str, values: list[Any], seeds: Sequence[int]) -> Any:
         return {why: sum(value.get(why, 0) for value in values) for value in values for why in value}
     if key == "epsilon":  # all seeds ask the same rows: what they tell adds up (of Gaussian noise that is an upper bound)
         return math.fsum(values)
+    if key == "energy_how":
+        return "; ".join(dict.fromkeys(values))
     if key == "peak_memory_mb":
         return max(values)
     if isinstance(values[0], int | float) and key not in ("trained_parameters", "rounds"):

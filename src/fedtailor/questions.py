@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedtailor import peak, wire
+from fedtailor import energy, peak, wire
 from fedtailor.core import Ask
 from fedtailor.data import Row, SiloData
-from fedtailor.experiment import Report, run
+from fedtailor.experiment import Heard, Report, run
 from fedtailor.generations import Generations
 from fedtailor.retrieval.answerer import question_of
 
@@ -38,7 +38,9 @@ def of(seed: Seed) -> tuple[Rows, Rows]:
     return named["val"], named["test"]
 
 
-def row(seed: Seed, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False) -> dict[str, Any]:
+def row(
+    seed: Seed, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool = False, heard: Heard = len
+) -> dict[str, Any]:
     """A row over `data`: silos tell of their documents, the retriever is trained where there is a trainer, then the test
     questions are asked. zero_shot: the model alone."""
     experiment = seed.run.experiment
@@ -51,7 +53,7 @@ def row(seed: Seed, folder: Path, data: Mapping[str, SiloData], method: Any, fed
     if folder.name == "zero_shot":
         served = method.bare()
     elif method.trainer:
-        report = run(experiment, engine, Generations(folder), method, seed.seed)
+        report = run(experiment, engine, Generations(folder), method, seed.seed, heard)
         served, log, trained = report.served, report.log, report.last.learnt.tensors
         rounds = {"best_round": report.best_round, "rounds": experiment.rounds}
         traffic = sum(entry["bytes_up"] for entry in log), sum(entry["bytes_down"] for entry in log)
@@ -75,7 +77,7 @@ def row(seed: Seed, folder: Path, data: Mapping[str, SiloData], method: Any, fed
         **found, "bytes_up": traffic[0], "bytes_down": traffic[1], "seconds": seconds,
         "evaluation_bytes_up": up, "evaluation_bytes_down": down, "evaluation_seconds": time.perf_counter() - began,
         "peak_memory_mb": peak.megabytes(), "trained_parameters": sum(t.numel() for t in trained.values()), **rounds,
-        "rejected": rejected, "samples": _samples(seed, served, ask),
+        "rejected": rejected, "samples": _samples(seed, served, ask), **energy.total(log[1:]),
     }  # fmt: skip
 
 

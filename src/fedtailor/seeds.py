@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtailor import baselines, loaders, models, paired, peak, poisoning, progress, questions, wire
+from fedtailor import baselines, energy, loaders, models, paired, peak, poisoning, progress, questions, tracking, wire
 from fedtailor import data as rows_of
 from fedtailor import evaluate as scoring
 from fedtailor.data import Row, SiloData
@@ -20,7 +20,7 @@ from fedtailor.engines.remote import Remote
 from fedtailor.engines.worker import Open
 from fedtailor.errors import RunError
 from fedtailor.evaluate import Evaluate
-from fedtailor.experiment import Report, drawn, run
+from fedtailor.experiment import Heard, Report, drawn, run
 from fedtailor.files import file_name, read_json, write_json
 from fedtailor.generations import Generations
 from fedtailor.packed import Packed
@@ -151,11 +151,21 @@ class Seed:
         base: models.Resident | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """A row that trains over `data` and is tested on every silo's test rows."""
-        if hasattr(method, "judge"):
-            return questions.row(self, folder, data, method, federated)
+        with tracking.row(self.run.experiment, method, self.folder, folder, self.seed) as told:
+            if hasattr(method, "judge"):
+                row = questions.row(self, folder, data, method, federated, told.rounds)
+            else:
+                row = self._averaged(folder, data, method, federated, base, told.rounds)
+            told.end(row)
+        return row
+
+    def _averaged(
+        self, folder: Path, data: Mapping[str, SiloData], method: Any, federated: bool, base: models.Resident | None,
+        heard: Heard,
+    ) -> dict[str, Any]:  # fmt: skip
         experiment = self.run.experiment
         engine = self.engine(data, experiment.rounds, f"{experiment.name}/{folder.name}", disturbed=federated, base=base)
-        report = run(experiment, engine, Generations(folder), method, self.seed)
+        report = run(experiment, engine, Generations(folder), method, self.seed, heard)
         if federated:
             wire.write_bytes(self.folder / "rounds.jsonl", (folder / "rounds.jsonl").read_bytes())
             self.export(method, report)
@@ -186,7 +196,7 @@ class Seed:
             **scoring.summary(found), **attacked, **sums, "peak_memory_mb": peak.megabytes(),
             "trained_parameters": sum(t.numel() for t in tensors.values()),
             "best_round": report.best_round, "rounds": experiment.rounds, "rejected": _counted(report.log) | rejected,
-            "samples": self._samples(report.served, base), **own, **_told(report),
+            "samples": self._samples(report.served, base), **own, **_told(report), **energy.total(report.log[1:]),
         }  # fmt: skip
 
     def _alone(self) -> dict[str, Any]:
@@ -239,6 +249,7 @@ class Seed:
             "peak_memory_mb": max(part["peak_memory_mb"] for part in parts.values()),
             "trained_parameters": first["trained_parameters"], "rounds": self.run.experiment.rounds,
             "rejected": rejected, "samples": first["samples"],
+            **energy.total(list(parts.values())),
         }  # fmt: skip
 
     def engine(
