@@ -33,9 +33,11 @@ def test_labels_are_found_and_every_part_is_an_experiment(tmp_path: Path) -> Non
     table, told = own.table(written(tmp_path, rows()), "site")
     assert told == "40 rows of 4 silos (site); text: note; label: mood (bad, good)"
     study = grid.parse(table, "mine")
-    assert (study.name, [part.name for part in study.parts]) == ("study_mine", ["performance", "dropout", "label_noise", "attackers"])
-    first = study.cells[0].experiment
-    assert (first.model.name, first.data.template, first.data.label, first.data.silo_column) == ("minilm", "{note}", "mood", "site")
+    assert study.name == "study_mine"
+    assert [part.name for part in study.parts] == ["performance", "dropout", "label_noise", "attackers"]
+    first = study.cells[0].experiment.data
+    assert (first.template, first.label, first.silo_column) == ("{note}", "mood", "site")
+    assert study.cells[0].experiment.model.name == "minilm"
     assert {cell.seed for cell in study.cells} == {0, 1, 2}
     rates = {cell.at["method"]: cell.experiment.method.lr for cell in study.cells if cell.part.name == "performance"}
     assert rates["full"] == own.LR["full"]
@@ -79,7 +81,9 @@ def test_a_csv_is_as_good(tmp_path: Path) -> None:
         (BARE, {"silo_column": "site"}, "no column of texts is left for a label or an answer"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_guessed_is_asked(tmp_path: Path, table: list[dict[str, Any]], arguments: dict[str, str], told: str) -> None:
+def test_what_cannot_be_guessed_is_asked(
+    tmp_path: Path, table: list[dict[str, Any]], arguments: dict[str, str], told: str
+) -> None:
     path = written(tmp_path, table)
     with pytest.raises(UserError, match=told):
         own.table(path, **arguments)
