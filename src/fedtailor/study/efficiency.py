@@ -142,7 +142,7 @@ def told(study: Study, points: Points) -> Iterator[Finding]:
             yield _reached(study, points, aimed)
         sure = [one for one in aimed if not one.never]
         if len(sure) > 1:
-            yield _least(points, sure)
+            yield _least(study, points, sure)
     yield from _estimated(points, mine)
 
 
@@ -173,7 +173,7 @@ def goal(study: Study, points: Points) -> str:
     return f"{100 * study.target:g} % of the best {row} validation {metric_of(points.metric).label}"
 
 
-def _least(points: Points, group: Sequence[Costs]) -> Finding:
+def _least(study: Study, points: Points, group: Sequence[Costs]) -> Finding:
     """Bytes until the target as ratios: logarithms are compared, since a method needs so many times as much."""
     logs = {one.name: {seed: math.log(v) for seed, v in one.spent(0).values.items() if v > 0} for one in group}
     least, *others = sorted((name for name in logs if logs[name]), key=lambda name: statistics.fmean(logs[name].values()))
@@ -181,10 +181,11 @@ def _least(points: Points, group: Sequence[Costs]) -> Finding:
     ratios = {other: (flipped(one.difference), p) for _, other, one, p in tested[: len(others)] if one.n}
     shown = [f"{other} {_times(ratio)}" for other, (ratio, p) in ratios.items() if p < LEVEL]
     left = [f"{other} {_times(ratio)}" for other, (ratio, p) in ratios.items() if not p < LEVEL]
-    parts = [f"until then {least} needs fewer bytes than {listed(shown)}"] if shown else []
-    parts += [f"not shown: that {least}, with the fewest bytes, needs fewer than {listed(left)}"] if left else []
+    parts = [f"until {goal(study, points)}, {least} needs fewer bytes than {listed(shown)}"] if shown else []
+    doubt = f"not shown: that {least}, with the fewest bytes until that target, needs fewer than"
+    parts += [f"{doubt} {listed(left)}"] if left else []
     n = max((ratio.n for ratio, _ in ratios.values()), default=0)
-    text = "; ".join(parts) or f"not shown: that {least}, with the fewest bytes, needs fewer than another"
+    text = "; ".join(parts) or f"{doubt} another"
     if n < 2:
         return finding(points, {}, text, f"none: {over(n)}", None)
     test = f"paired two-sided t of the logarithm of bytes over {over(n)}, Holm over {len(tested)}: "

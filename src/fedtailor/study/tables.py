@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedtailor.figures import MISSING, ROWS, duration, metric_of, number, size
+from fedtailor.figures import MISSING, ROWS, clean, duration, metric_of, number, size
 from fedtailor.study import efficiency
 from fedtailor.study.compare import LEVEL, Interval, non_inferior
 from fedtailor.study.efficiency import Costs
@@ -98,8 +98,8 @@ _LATEX = {
 
 
 def escaped(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    """Text as LaTeX prints it, on one line."""
+    return "".join(_LATEX.get(sign, sign) for sign in clean(re.sub(r"\s+", " ", text)))
 
 
 def spread(value: Interval, show: Callable[[float], str] = number) -> Entry:

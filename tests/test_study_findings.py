@@ -1,0 +1,211 @@
+"""What a study says of itself: each sentence from figures whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from fedtailor.study.compare import interval
+from fedtailor.study.findings import Finding, findings
+from fedtailor.study.robustness import since
+from fedtailor.study.wording import comparative, listed, p_value, with_interval
+from studies import found, nothing, study
+
+JITTER = (-0.004, 0.0, 0.004)  # what seeds differ by beside their own level
+ROWS = ["zero_shot", "alone", "federated", "centralized"]
+
+
+def performance(apart: Mapping[str, float], seeds: tuple[int, ...] = (0, 1, 2), **part: Any) -> list[Finding]:
+    """Rows that far from 0.7, each seed at its own level, with a jitter that is not shared with federated."""
+    one = study({"name": "main", "asks": "performance", "rows": ROWS, **part}, seeds=seeds)
+
+    def given(at: Mapping[str, Any], row: str, seed: int) -> float | None:
+        return 0.7 + 0.05 * seed + apart[row] + (JITTER[seed] if row != "federated" else 0) if row in apart else None
+
+    return findings(one, found(one, given))
+
+
+def said(told: list[Finding], words: str) -> Finding:
+    """The only one with these words."""
+    matching = [one for one in told if words in one.text]
+    assert len(matching) == 1, [one.text for one in told]
+    return matching[0]
+
+
+def test_close_to_centralized() -> None:
+    """0.01 worse, deviation of 0.004 over three seeds: t = (0.02 - 0.01) / (0.004 / sqrt 3) = 4.33, p = .025."""
+    close = said(performance({"federated": 0.0, "centralized": 0.01, "alone": -0.1}), "centralized:")
+    assert close.text.startswith("Federated is at most 2.0 points worse than centralized: accuracy 0.750 against 0.760, 98.7 %")
+    assert "1.0 points worse (95 % interval 0.0 to 2.0)." in close.text  # half: 4.30 x 0.004 / sqrt 3 = 0.0099
+    t = 0.01 / (0.004 / math.sqrt(3))
+    assert close.test.endswith(f"margin 2.0 points, {p_value(0.5 - t / (2 * math.sqrt(2 + t * t)))}")
+    assert close.holds
+
+
+def test_worse_than_centralized() -> None:
+    far = said(performance({"federated": 0.0, "centralized": 0.1}), "than centralized:")
+    assert far.text.startswith("Federated is more than 2.0 points worse than centralized")
+    assert far.holds is False
+
+
+def test_close_is_not_shown_by_no_difference() -> None:
+    """0.018 worse: within the margin, but the test does not show it."""
+    unsure = said(performance({"federated": 0.0, "centralized": 0.018}), "than centralized;")
+    assert unsure.text.startswith("Not shown: that federated is at most 2.0 points worse")
+    assert unsure.holds is False
+
+
+def test_better_than_alone_and_not_shown_against_zero_shot() -> None:
+    told = performance({"federated": 0.0, "alone": -0.1, "zero_shot": 0.001})
+    assert said(told, "alone").text.startswith("Federated is better than alone by 10.0 points (95 % interval 9.0 to 11.0)")
+    zero = said(told, "that federated differs from zero-shot")
+    assert "0.1 points worse (95 % interval -0.9 to 1.1)" in zero.text
+    assert zero.holds is False
+    assert "no difference" not in " ".join(one.text for one in told)
+    assert said(told, "centralized has no seed in common").holds is None
+    assert said(told, "3 of 3 cells are not finished").text.count("centralized") == 3
+
+
+def test_one_seed_claims_nothing() -> None:
+    told = performance({"federated": 0.0, "alone": -0.1, "zero_shot": -0.2, "centralized": 0.001}, seeds=(0,))
+    tested = [one for one in told if one.test.startswith("paired")]
+    assert not tested
+    assert all(one.holds is None for one in told)
+    assert "with one seed it is 9.6 points" not in said(told, "alone").text  # the jitter of seed 0 is -0.004
+    assert "with one seed it is 10.4 points better" in said(told, "alone").text
+
+
+def test_methods_against_each_other() -> None:
+    """Three pairs. prefix and ia3 are 0.001 apart; lora is far from both."""
+    levels = {"prefix": 0.5, "lora": 0.7, "ia3": 0.501}
+    one = study({"name": "main", "asks": "performance", "axes": {"method": [*levels]}})
+    told = findings(one, found(one, lambda at, row, seed: levels[at["method"]] + JITTER[seed] * (at["method"] == "lora")
+                               - JITTER[seed] * (at["method"] == "ia3")))  # fmt: skip
+    better = said(told, "Method prefix is worse than lora by 20.0 points")
+    assert "(Holm over 3)" in better.test
+    assert said(told, "Method lora is better than ia3").holds
+    assert said(told, "Not shown: a difference of method prefix from ia3").holds is False
+
+
+def robust(given: Any, seeds: tuple[int, ...] = (0, 1, 2), choice: Any = None, **part: Any) -> list[Finding]:
+    one = study({"name": "hard", **part}, seeds=seeds, choice=choice or {})
+    return findings(one, found(one, given))
+
+
+def test_from_where_on_quality_is_lost() -> None:
+    lost = {0.0: 0.0, 0.1: 0.001, 0.3: 0.1, 0.5: 0.3}
+    told = robust(lambda at, row, seed: 0.8 - lost[at["dropout"]] + JITTER[seed] * (at["dropout"] > 0) * (1 + at["dropout"]),
+                  axes={"dropout": [*lost]})  # fmt: skip
+    worse, kept = told
+    assert worse.text.startswith("Federated accuracy is worse from dropout 0.3 on; at dropout 0.5 it is 30.0 points worse")
+    assert "from 0.800 at dropout 0.0" in worse.text
+    assert worse.test.startswith("paired two-sided t over 3 seeds against dropout 0.0, Holm over 3: ")
+    assert worse.holds
+    assert "less than 2.0 points worse at dropout 0.1 by 0.1 points" in kept.text
+    assert "not shown at dropout 0.3 and 0.5" in kept.text
+    assert kept.holds
+
+
+def test_no_drop_is_never_claimed() -> None:
+    told = robust(lambda at, row, seed: 0.8 + JITTER[seed] * (at["dropout"] > 0), axes={"dropout": [0.0, 0.3]})
+    assert told[0].text.startswith("Not shown: that federated accuracy gets worse along dropout")
+    assert told[0].holds is False
+    assert told[1].holds  # what can be shown: less than the margin is lost
+
+
+def test_a_loss_that_rises_is_a_drop() -> None:
+    told = robust(lambda at, row, seed: {"loss": {"mean": 0.5 + at["dropout"] + JITTER[seed] * at["dropout"]}},
+                  axes={"dropout": [0.0, 0.3]}, metric="loss")  # fmt: skip
+    assert told[0].text.startswith("Federated loss is worse at dropout 0.3; at dropout 0.3 it is 0.300 worse")
+
+
+def test_a_metric_without_direction_is_not_judged() -> None:
+    told = robust(lambda at, row, seed: {"odd": {"mean": at["dropout"]}}, axes={"dropout": [0.0, 0.3]}, metric="odd")
+    assert "whether higher or lower is better is not known" in told[0].text
+    assert [one.holds for one in told] == [None]
+
+
+@pytest.mark.parametrize(
+    ("sides", "worse", "expected"),
+    [
+        ([["b", "c", "d"]], ["c", "d"], "from x c on"),
+        ([["b", "c", "d"]], ["d"], "at x d"),
+        ([["b", "c", "d"]], ["b", "d"], "at x b and at x d"),
+        ([["b"], ["d", "e"]], ["b", "d", "e"], "at x b and from x d on"),
+    ],
+)
+def test_since_when(sides: list[list[Any]], worse: list[Any], expected: str) -> None:
+    assert since("x", sides, worse, ["b", "c", "d", "e"]) == expected
+
+
+ATTACKED = {
+    "axes": {"aggregate": ["mean", "median"], "attackers": [0, 2]}, "rows": ["zero_shot", "federated"],
+    "choice": {**nothing("attackers", 0, 2), **nothing("aggregate", "mean", "median")},
+}  # fmt: skip
+
+
+def attacked(at: Mapping[str, Any], row: str, seed: int) -> float:
+    """Zero-shot 0.5; 0.9 without attackers; with them mean falls to 0.6 and median to 0.895."""
+    if row == "zero_shot":
+        return 0.5
+    fallen = {"mean": 0.6, "median": 0.895}[at["aggregate"]] if at["attackers"] else 0.9
+    return fallen + JITTER[seed] * bool(at["attackers"])
+
+
+def test_which_aggregates_hold_and_which_collapse() -> None:
+    first, *others = robust(attacked, **ATTACKED)
+    assert first.text.startswith("Attackers 2: accuracy is less than 2.0 points worse with median 0.5 points")
+    assert "it collapses (more than half of its lead over zero-shot is lost) with mean 30.0 points" in first.text
+    assert "against the same aggregate at attackers 0, Holm over 2" in first.test
+    assert first.holds
+    assert len(others) == 4  # of each aggregate: worse or not, and where not
+
+
+def test_a_floor_that_is_higher_makes_no_collapse_of_it() -> None:
+    """From 0.9 to 0.6 with zero-shot at 0.2: 0.3 of 0.7 is lost, less than half."""
+    first, *_ = robust(lambda at, row, seed: 0.2 if row == "zero_shot" else attacked(at, row, seed), **ATTACKED)
+    assert "collapses" not in first.text
+    assert "not shown either way: mean 30.0 points" in first.text
+
+
+def test_without_a_point_of_no_attackers_mean_is_the_reference() -> None:
+    part = {**ATTACKED, "axes": {"attackers": [1, 2], "aggregate": ["mean", "median"]}, "along": "attackers"}
+    part["choice"] = {**nothing("attackers", 1, 2), **nothing("aggregate", "mean", "median")}
+    levels = {("mean", 1): 0.9, ("mean", 2): 0.4, ("median", 1): 0.7, ("median", 2): 0.9}
+    told = robust(lambda at, row, seed: levels[at["aggregate"], at["attackers"]] + JITTER[seed] * (at["attackers"] == 2), **part)
+    hard = said(told, "Attackers 2: accuracy is less")
+    assert "worse with median 0.0 points" in hard.text  # against mean at 1 attacker, not median's own 0.7
+    assert "against attackers 1, aggregate mean" in hard.test
+
+
+def test_which_method_loses_least() -> None:
+    """lora loses 0.1, prefix 0.3 at the value where both lose most."""
+    steps = {"lora": 0.1, "prefix": 0.3}
+    told = robust(lambda at, row, seed: 0.9 - (steps[at["method"]] + JITTER[seed] * (at["method"] == "lora")) * at["dropout"] * 2,
+                  axes={"method": ["prefix", "lora"], "dropout": [0.0, 0.25, 0.5]})  # fmt: skip
+    least = said(told, "Method lora loses less than prefix at dropout 0.5")
+    assert "prefix 30.0 points (with every seed) and lora 10.0 points" in least.text
+    assert least.holds
+
+
+def test_unfinished_studies_say_what_is_there() -> None:
+    assert all(one.holds is None for one in robust(lambda at, row, seed: None, **ATTACKED))
+    for gone in ("mean", "median"):
+        robust(lambda at, row, seed, gone=gone: None if at["aggregate"] == gone else 0.5 + seed / 10, **ATTACKED)
+    half = robust(lambda at, row, seed: None if at["dropout"] and seed == 2 else 0.5, axes={"dropout": [0.0, 0.3]})
+    assert "2 seeds against" in half[0].test
+    assert said(half, "1 of 6 cells").text.endswith("(dropout 0.3, seed 2: federated).")
+    assert said(robust(lambda at, row, seed: 0.5 if at["dropout"] else None, axes={"dropout": [0.0, 0.3]}),
+                "not there").holds is None  # fmt: skip
+
+
+def test_words_for_numbers() -> None:
+    assert [p_value(p) for p in (0.0123, 0.0004, 1.0, math.nan)] == ["p = .012", "p < .001", "p = 1", "no p"]
+    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+    assert with_interval(interval({0: 0.01}), "accuracy") == "1.0 points"
+    assert with_interval(interval({0: -0.0001, 1: 0.0001}), "accuracy").startswith("0.0 points (95 % interval -0.1 to 0.1)")
+    assert comparative(interval({0: 0.25}), "loss", "lower") == "0.250 worse"
+    assert comparative(interval({0: -0.25}), "odd", "") == "0.250 lower"
