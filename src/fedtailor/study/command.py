@@ -35,14 +35,16 @@ def study(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="processes that share the work, each with a base of its own")] = 1,
     background: Annotated[bool, typer.Option("--background", help="go on without this terminal")] = False,
     only: Annotated[bool, typer.Option("--report", help="run nothing: the report of what is finished")] = False,
+    track: Annotated[str | None, typer.Option("--track", help="also to trackio, mlflow, tensorboard or wandb")] = None,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Run a grid of experiments, or go on with it, and write tables, plots and findings. Finished runs are not repeated."""
-    from fedtailor import experiment
+    from fedtailor import experiment, tracking
     from fedtailor.errors import RunError, UserError
-    from fedtailor.study import conduct, grid, measured, page
+    from fedtailor.study import conduct, grid, measured
 
-    page.needed()
+    _plots_can_be_made()
+    tracking.to(track)
     if (file is None) == (data is None):
         raise UserError("name a study's file, or --data ROWS.jsonl --silo-column COLUMN")
     if data is not None:
@@ -80,13 +82,24 @@ def study(
     rows = measured.read(found, root)
     if not rows:
         raise RunError(f"{root}: nothing is finished yet{'; ' + next(iter(failed.values())) if failed else ''}")
+    from fedtailor.study import findings, page
+
     report = page.write(found, rows, root)
-    for line in page.summary(found, rows):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    for one in findings.findings(found, rows):
+        out.print(one.text, markup=False, highlight=False, soft_wrap=True)
     out.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
     if failed:
         first = next(iter(failed.items()))
         raise RunError(f"{len(failed)} runs failed, first {first[0]}: {first[1]}; the same command tries them again")
+
+
+def _plots_can_be_made() -> None:
+    from importlib.util import find_spec
+
+    from fedtailor.errors import UserError
+
+    if find_spec("matplotlib") is None:
+        raise UserError("a study's plots need fedtailor[study]: pip install 'fedtailor[study]'")
 
 
 def _conducted(found: Study, root: Path, command: str, jobs: int) -> dict[str, str]:
