@@ -69,3 +69,9 @@ def test_own_figures_are_merged_too() -> None:
 def test_what_several_seeds_spent_adds_up() -> None:
     parts = {seed: {"federated": {"epsilon": epsilon}} for seed, epsilon in ((0, 2.0), (1, 3.5))}
     assert merge(parts)["federated"]["epsilon"] == 5.5
+
+
+def test_energy_is_a_mean_and_each_way_it_was_had_is_named() -> None:
+    hows = {0: "measured", 1: "estimated", 2: "measured"}
+    merged = merge({s: {"alone": {"energy_wh": 1.0 + s, "energy_how": how}} for s, how in hows.items()})["alone"]
+    assert merged == {"energy_wh": 2.0, "energy_how": "measured; estimated"}

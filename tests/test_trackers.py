@@ -53,9 +53,16 @@ print(json.dumps([steps, one.data.metrics["test/loss"]]))
     "trackio": """
 import trackio
 (one,) = trackio.Api().runs("fedtailor")
-logs = one.history()
-steps = [[m["step"], m["val/loss"]] for m in logs if "val/loss" in m]
-print(json.dumps([steps, logs[-1]["test/loss"]]))
+def values(metric):
+    from contextlib import redirect_stdout
+    from io import StringIO
+    from trackio.cli import main
+    import sys
+    sys.argv[1:] = ["get", "metric", "--project", "fedtailor", "--run", one.name, "--metric", metric, "--json"]
+    with redirect_stdout(StringIO()) as told:
+        main()
+    return [[m["step"], m["value"]] for m in json.loads(told.getvalue())["values"]]
+print(json.dumps([values("val/loss"), values("test/loss")[-1][1]]))
 """,
 }
 

@@ -1,7 +1,8 @@
 """Energy of a stretch of work, in watt hours, by codecarbon where it is installed: nothing else is said to be a measure of it.
 
 Where counters can be read (RAPL of the processor, NVML of a GPU) it is theirs, and so the whole package's, whoever uses it;
-else the share of the processor's rated power that this process and its children used. Memory is always by its size.
+else the share of the processor's rated power that this process and its children used (of a processor that codecarbon does not
+know, 4 W a thread). Memory's power is always estimated, from its size, and is most of what a small machine is said to use.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-RATED = "estimated from the processor's rated power"
+RATED = "estimated from the processor's rated power and the memory's size"
+MEASURED = "measured; memory estimated from its size"
 COUNTED = ("CPU(Intel Rapl)", "CPU(Windows Emi)", "CPU(Intel Power Gadget)", "AppleSiliconChip", "Raspberry")
 
 
@@ -62,5 +64,5 @@ def _how(tracker: Any) -> str:
     """What its parts say of themselves, such as CPU(Intel Rapl)."""
     parts = [part for part in tracker._conf["hardware"] if not part.startswith("RAM")]
     if all(part.startswith(("GPU", *COUNTED)) for part in parts):
-        return "measured"
+        return MEASURED
     return f"GPU measured, the rest {RATED}" if any(part.startswith("GPU") for part in parts) else RATED

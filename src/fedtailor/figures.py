@@ -79,7 +79,7 @@ COSTS = {
     "bytes_up": Cost("up", size, "bytes"),
     "bytes_down": Cost("down", size, "bytes"),
     "seconds": Cost("time", duration, "seconds"),
-    "energy_wh": Cost("energy", lambda wh: _scaled(wh * 1000 if is_number(wh) else wh, (" mWh", " Wh", " kWh")), "Wh"),
+    "energy_wh": Cost("energy", lambda wh: _scaled(wh * 1e6 if is_number(wh) else wh, (" µWh", " mWh", " Wh", " kWh")), "Wh"),
     "peak_memory_mb": Cost("memory", lambda mb: size(mb * 1e6) if is_number(mb) else MISSING, "MB"),
     "model_calls": Cost("calls", lambda count: _scaled(count, ("", " k", " M", " G")), "rows scored under one prompt"),
     "epsilon": Cost("epsilon", number, "over all seeds"),

@@ -58,6 +58,7 @@ class Line:
         """`cost` in full, and beside it what evaluation cost of the same: no column of its own."""
         value, tests = self.row.get(cost), self.row.get(f"evaluation_{cost}")
         apart = f"; evaluation {tests:,}" if is_number(tests) else ""
+        apart += f"; {self.row['energy_how']}" if cost == "energy_wh" and "energy_how" in self.row else ""
         return f"{value:,} {COSTS.get(cost, Cost('')).unit}".strip() + apart if is_number(value) else ""
 
 
