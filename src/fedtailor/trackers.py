@@ -48,7 +48,8 @@ def trackio(run: Tracked) -> Calls:
 
 def mlflow(run: Tracked) -> Calls:
     """To MLFLOW_TRACKING_URI, or its local default, into the experiment of MLFLOW_EXPERIMENT_ID or _NAME. By its client: the
-    fluent calls would add the user's and the machine's name, and the program's path."""
+    fluent calls would add the user's name and the program's path. A server that does not answer is asked again by MLflow for
+    four minutes, or as MLFLOW_HTTP_REQUEST_MAX_RETRIES says, and the run waits."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
