@@ -35,7 +35,7 @@ def told(study: Study, points: Points) -> Iterator[Finding]:
         text = f"not shown: any drop of {metric_of(points.metric).label}; whether higher or lower is better is not known"
         yield finding(points, {}, text, "none", None)
         return
-    attackers = next((axis for axis in points.part.axes if axis.split(".")[-1] == "attackers"), "")
+    attackers = _attackers(points)
     if attackers and "aggregate" in points.part.axes:
         yield from _aggregates(study, points, attackers)
     if points.part.line and points.part.line != "aggregate":
@@ -45,14 +45,23 @@ def told(study: Study, points: Points) -> Iterator[Finding]:
             yield from _methods(points)
 
 
+def _attackers(points: Points) -> str:
+    """The axis of how many attack, if there is one."""
+    return next((axis for axis in points.part.axes if axis.split(".")[-1] == "attackers"), "")
+
+
 def drops(points: Points, rest: At, row: str, margin: float) -> list[Drop]:
-    """Every value of the line but the reference, in the axis' order, where both are there; `rest` are the other axes."""
+    """Every value of the line but the reference, in the axis' order, where both have a seed in common.
+
+    `rest` are the coordinates on the other axes; the margin is in the metric's unit.
+    """
     line, against = points.part.line, points.part.against
     at = {_place(points, rest, value): value for value in points.part.axes.get(line, ())}
     there = {value: points.values(dict(place), row) for place, value in at.items() if dict(place) in points.all}
     if against is None or not there.get(against):
         return []
-    lost = {value: lost_of(there[against], told, points.better) for value, told in there.items() if value != against and told}
+    lost = {value: lost_of(there[against], told, points.better) for value, told in there.items() if value != against}
+    lost = {value: loss for value, loss in lost.items() if loss}
     found = [paired(loss, dict.fromkeys(loss, 0.0)) for loss in lost.values()]
     ps = holm([one.p for one in found])
     kept = holm([exceeds(_negative(one.difference.values), -margin) for one in found])
@@ -68,7 +77,7 @@ def lost_of(reference: Values, values: Values, better: str) -> dict[int, float]:
 def _line(study: Study, points: Points, rest: At) -> Iterator[Finding]:
     """One combination of the other axes: does quality get worse along the line, how much, from where on; and where not."""
     line, against, row, label = points.part.line, points.part.against, points.main, metric_of(points.metric).label
-    found = [drop for drop in drops(points, rest, row, study.margin) if drop.loss.n]
+    found = drops(points, rest, row, study.margin)
     who = f"{ROWS.get(row, row)} {label}"
     if not found or against is None:
         if len(points.part.axes[line]) > 1:
@@ -78,8 +87,9 @@ def _line(study: Study, points: Points, rest: At) -> Iterator[Finding]:
     start = interval(points.values(dict(_place(points, rest, against)), row)).mean
     worst = max(found, key=lambda drop: drop.loss.difference.mean)
     apart = worst.loss.difference if points.better == "lower" else flipped(worst.loss.difference)
-    at_worst = f"at {line} {worst.value} it is {comparative(apart, points.metric, points.better)}"
-    at_worst += f", from {number(start)} at {line} {against}"
+    size = comparative(apart, points.metric, points.better)
+    begin = f"from {number(start)} at {line} {against}"
+    at_worst = f"at {line} {worst.value} it is {size}, {begin}"
     if max(drop.loss.n for drop in found) == 1:
         text = f"not shown: that {who} gets worse along {line}; with one seed, and at worst, {at_worst}"
         yield finding(points, rest, text, "none: one seed", None)
@@ -89,12 +99,15 @@ def _line(study: Study, points: Points, rest: At) -> Iterator[Finding]:
     worse = [drop.value for drop in found if drop.p < LEVEL and drop.loss.difference.mean > 0]
     raised = [str(drop.value) for drop in found if drop.p < LEVEL and drop.loss.difference.mean < 0]
     rise = f"; it is better at {line} {listed(raised)}" if raised else ""
-    if worse:
+    if worse == [worst.value]:
+        yield finding(points, rest, f"{who} is {size} at {line} {worst.value}, {begin}{rise}", test, True)
+    elif worse:
         where = since(line, ordered(points.part.axes[line], against), worse, [drop.value for drop in found])
         yield finding(points, rest, f"{who} is worse {where}; {at_worst}, its worst{rise}", test, True)
     else:
         yield finding(points, rest, f"not shown: that {who} gets worse along {line}; at worst, {at_worst}{rise}", test, False)
-    yield _kept(study, points, rest, found, setting)
+    if "aggregate" not in rest or not _attackers(points):  # else that was said of all aggregates at once
+        yield _kept(study, points, rest, found, setting)
 
 
 def _kept(study: Study, points: Points, rest: At, found: list[Drop], setting: str) -> Finding:
@@ -171,7 +184,9 @@ def _aggregates(study: Study, points: Points, attackers: str) -> Iterator[Findin
             if loss:
                 losses[name], halves[name] = loss, _half(points, start)
         if losses:
-            against = f"the same aggregate at {attackers} {none}" if none is not None else named(start)
+            same = none is not None or start["aggregate"] != "mean"
+            against = named({axis: value for axis, value in start.items() if not same or axis != "aggregate"})
+            against = f"the same aggregate at {attackers} {none}" if none is not None else against
             yield _survivors(study, points, rest, losses, halves, against)
 
 
@@ -188,16 +203,21 @@ def _survivors(
     gone = dict(zip(losses, holm([exceeds(excess) for excess in beyond]), strict=True))
     fine = [name for name in losses if kept[name] < LEVEL]
     fallen = [name for name in losses if gone[name] < LEVEL and name not in fine]
-    left = [each[name] for name in losses if name not in (*fine, *fallen)]
-    parts = [f"{label} is less than {margin} worse with {listed([each[name] for name in fine])}"] if fine else []
+    more = dict(zip(losses, holm([exceeds(loss, study.margin) for loss in losses.values()]), strict=True))
+    worse = [name for name in losses if more[name] < LEVEL and name not in (*fine, *fallen)]
+    left = [each[name] for name in losses if name not in (*fine, *worse, *fallen)]
+    parts = [f"is less than {margin} worse with {listed([each[name] for name in fine])}"] if fine else []
+    parts += [f"is more than {margin} worse with {listed([each[name] for name in worse])}"] if worse else []
     for words in dict.fromkeys(halves[name][1] for name in fallen):
-        parts.append(f"it collapses ({words}) with {listed([each[name] for name in fallen if halves[name][1] == words])}")
-    parts += [f"not shown either way: {listed(left)}"] if left else []
+        parts.append(f"collapses ({words}) with {listed([each[name] for name in fallen if halves[name][1] == words])}")
+    said = [f"{ROWS.get(points.main, points.main)} {label} {'; it '.join(parts)}"] if parts else []
+    said += [f"not shown whether {label} is less than {margin} worse: {listed(left)}"] if left else []
     counts = counted([Paired(interval(loss), NAN, len(loss)) for loss in losses.values()])
     test = f"paired one-sided t over {counts} against {against}, Holm over {len(losses)}; less than {margin} worse: "
     test += ", ".join(f"{name} {p_value(p)}" for name, p in kept.items())
+    test += f"; more than {margin} worse: " + ", ".join(f"{name} {p_value(p)}" for name, p in more.items())
     test += "; collapse: " + ", ".join(f"{name} {p_value(p)}" for name, p in gone.items())
-    return finding(points, rest, "; ".join(parts), test, bool(fine))
+    return finding(points, rest, "; ".join(said), test, bool(fine))
 
 
 def _reference(points: Points, at: At, attackers: str, none: Value | None) -> At:

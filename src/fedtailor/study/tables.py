@@ -17,7 +17,7 @@ from fedtailor.study.compare import LEVEL, Interval, non_inferior
 from fedtailor.study.efficiency import Costs
 from fedtailor.study.grid import Study, Value
 from fedtailor.study.measured import Found
-from fedtailor.study.points import At, Points, gather, key, named
+from fedtailor.study.points import UNTRAINED, At, Points, gather, key, named
 from fedtailor.study.robustness import drops
 from fedtailor.study.wording import over
 
@@ -191,7 +191,8 @@ def _lines(study: Study, points: Points) -> Iterator[Table]:
     cut = others[0] if len(rests) > COLUMNS and len(others) > 1 else ""
     for value in points.part.axes[cut] if cut else ("",):
         mine = [rest for rest in rests if not cut or rest[cut] == value]
-        for row in sorted(points.rows, key=lambda row: row != points.main):
+        rows = [row for row in points.rows if row not in UNTRAINED and row != points.main]
+        for row in ([points.main] if points.main in points.rows else []) + rows:
             yield _line(study, points, row, mine, {cut: value} if cut else {})
 
 
@@ -210,10 +211,21 @@ def _line(study: Study, points: Points, row: str, rests: Sequence[At], of: At) -
     name = "-".join([part.name, *map(_slug, of.values()), *([row] if row != points.main else [])])
     title = f"{_title(points)}: {label}{f', {named(of)}' if of else ''}"
     columns = ", ".join(axis for axis in part.axes if axis != part.line and axis not in of)
-    note = _note(points) + (f" Columns: {columns}." if columns else "")
+    note = _note(points) + (f" Columns: {columns}." if columns else "") + _floors(points)
     if marks:
         note += f" *: differs from {part.line} {part.against} (paired two-sided t, Holm over the column, 5 %)."
     return Table(part.name, name, title, (part.line, *heads), tuple(body), note)
+
+
+def _floors(points: Points) -> str:
+    """Of rows without training: their means, which mostly are the same at all points."""
+    told = ""
+    for row in points.rows:
+        means = [one.mean for at in points.all if (one := points.interval(at, row)).n]
+        if row in UNTRAINED and row != points.main and means:
+            low, high = number(min(means)), number(max(means))
+            told += f" {ROWS.get(row, row).capitalize()}: {low if low == high else f'{low} to {high}'}."
+    return told
 
 
 def count(value: float) -> str:
