@@ -184,6 +184,7 @@ def test_without_a_point_of_no_attackers_mean_is_the_reference() -> None:
     hard = said(told, "Attackers 2: federated accuracy is less")
     assert "worse with median 0.0 points" in hard.text  # against mean at 1 attacker, not median's own 0.7
     assert "against attackers 1, aggregate mean" in hard.test
+    assert "mean" not in said(told, "Attackers 1: federated accuracy is more").text  # mean there is the reference itself
 
 
 def test_which_method_loses_least() -> None:

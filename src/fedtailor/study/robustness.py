@@ -181,12 +181,10 @@ def _aggregates(study: Study, points: Points, attackers: str) -> Iterator[Findin
             name = str(at["aggregate"])
             start = _reference(points, at, attackers, none)
             loss = lost_of(points.values(start, points.main), points.values(at, points.main), points.better)
-            if loss:
+            if loss and start != at:
                 losses[name], halves[name] = loss, _half(points, start)
         if losses:
-            same = none is not None or start["aggregate"] != "mean"
-            against = named({axis: value for axis, value in start.items() if not same or axis != "aggregate"})
-            against = f"the same aggregate at {attackers} {none}" if none is not None else against
+            against = named(start) if none is None else f"the same aggregate at {attackers} {none}"
             yield _survivors(study, points, rest, losses, halves, against)
 
 
