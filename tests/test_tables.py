@@ -65,3 +65,10 @@ def test_a_setting_that_stands_elsewhere() -> None:
     (line,) = told(Distill, {"server_lr": 0.1})  # of no trainer here
     assert "choices" in line
     assert "method.trainer" not in line
+
+
+def test_a_setting_of_older_versions_that_said_nothing_is_taken() -> None:
+    from fedtailor.faults import Faults
+
+    assert part(Faults, {"nan": [], "sign_flip": [], "dropout": 0.1}, "[faults]", []) == Faults(dropout=0.1)
+    assert "write attackers = [...], attack = 'nan'" in told(Faults, {"nan": ["shop"]})[0]

@@ -19,8 +19,9 @@ def part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
         errors.append(f"{where} must be a table, not {values!r}")
         return None
     hints, known, before = get_type_hints(kind), {f.name for f in fields(kind)}, len(errors)
-    for key in [k for k in values if k not in known]:
-        elsewhere = getattr(kind, "ELSEWHERE", {}).get(key)
+    moved = getattr(kind, "ELSEWHERE", {})
+    for key in [k for k, given in values.items() if k not in known and not (k in moved and given == [])]:  # as older runs have it
+        elsewhere = moved.get(key)
         errors.append(f"{where} has no setting {key!r}{f'; {elsewhere}' if elsewhere else suggest(key, known)}")
     taken = {k: v for k, v in values.items() if k in known}
     flawed = {name for name, given in taken.items() if _flawed(hints[name], given, f"{where} {name}", errors)}

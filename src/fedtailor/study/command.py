@@ -85,8 +85,8 @@ def study(
     from fedtailor.study import findings, page
 
     report = page.write(found, rows, root)
-    for one in findings.findings(found, rows):
-        out.print(one.text, markup=False, highlight=False, soft_wrap=True)
+    for said in findings.findings(found, rows):
+        out.print(said.text, markup=False, highlight=False, soft_wrap=True)
     out.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
     if failed:
         first = next(iter(failed.items()))
