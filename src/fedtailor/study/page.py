@@ -7,8 +7,8 @@ Nothing of the data is trusted: the page escapes it, loads nothing and runs no s
 
 from __future__ import annotations
 
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,12 @@ class Section:
         return self.part.title or self.part.name
 
     @property
+    def counts(self) -> str:
+        """How many findings hold, fail, are not shown or have no test."""
+        said = Counter(f"{sign} {word}" for sign, word, _ in map(_mark, self.findings))
+        return ", ".join(f"{count} {what}" for what, count in said.most_common())
+
+    @property
     def axes(self) -> str:
         return "; ".join(f"{axis}: {', '.join(shown(value) for value in values)}" for axis, values in self.part.axes.items())
 
@@ -92,6 +98,13 @@ def without_places(text: str) -> str:
     """A text without the folders that absolute paths in it lie in: a page is passed on."""
     quoted = re.sub(r'(["\'])(?:/|[A-Za-z]:[/\\])[^"\'\n]*[/\\]([^"\'/\\\n]+)\1', r"\1\2\1", placeless(text))
     return re.sub(r"(?<![\w.:/~<-])/(?:[^\s/\"'<>]+/)+([^\s/\"'<>]+)", r"\1", quoted)
+
+
+def source_of(study: Study) -> str:
+    """The study's file, lists of values in one line each; "" where it was not read from one."""
+    text = tomli_w.dumps(dict(study.source)) if study.source else ""
+    flat = re.sub(r"\[\n((?: +[^\n\[\]{}]*,\n)+) *\]", lambda found: f"[{' '.join(found[1].split()).rstrip(',')}]", text)
+    return without_places(flat)
 
 
 def missing(study: Study, found: Iterable[Found]) -> list[str]:
@@ -158,7 +171,7 @@ def _render(study: Study, found: Sequence[Found], root: Path, command: str, sect
         questions={asks: (*QUESTIONS[asks], mine) for asks, mine in asked.items() if mine},
         missing=left[:NAMED], more=max(0, len(left) - NAMED), count=len(left),
         failed={label: without_places(why) for label, why in failed.items()},
-        run=run_of(study, found, command), source=without_places(tomli_w.dumps(dict(study.source))) if study.source else "",
+        run=run_of(study, found, command), source=source_of(study),
     )  # fmt: skip
 
 
@@ -168,4 +181,5 @@ def _mark(finding: findings.Finding) -> tuple[str, str, str]:
 
 
 def _shown(cell: Any) -> str:
-    return "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else str(cell)
+    """A cell of a table; a number is not torn from its unit."""
+    return re.sub(r"(?<=\d) (?=%|±|(?:[kMGT]?B|s|min|h|k|M|G)\b)", "\N{NO-BREAK SPACE}", str(cell))

@@ -114,7 +114,7 @@ def _dot(axes: Axes, value: Interval, y: float, look: Look) -> None:
     if len(seeds) > 1:
         axes.plot(seeds, [y + LANE * 0.36] * len(seeds), linestyle="none", marker="o", color=look.colour, alpha=0.4, markersize=3,
                   markeredgewidth=0)  # fmt: skip
-    if value.known:
+    if value.known and value.low < value.high:
         axes.plot([value.low, value.high], [y, y], color=look.colour, linewidth=1.6, solid_capstyle="butt", marker="|",
                   markersize=5, markeredgewidth=1.2)  # fmt: skip
     axes.plot([value.mean], [y], **look.line(linestyle="none"))
