@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 7.0, 3.5  # inches: the text of an A4 page; one column of a paper, or a phone (336 CSS pixels)
 SMALL = 9.0  # points; nothing is set smaller
+FONTS = "font-family:'DejaVu Sans',Verdana,Arial,sans-serif"
 CLOSE = 16  # of the places that are tried for a name: those near its point
 INK, RULE, SOFT = "#1b2026", "#d5dae0", "#59636e"
 
@@ -87,7 +88,7 @@ def style(salt: str) -> Iterator[None]:
     settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "text.usetex": False,
         "axes.formatter.use_mathtext": False, "axes.unicode_minus": True, "axes.formatter.useoffset": False,
-        "font.family": ["sans-serif"], "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+        "font.family": ["DejaVu Sans"],
         "font.size": SMALL, "axes.labelsize": SMALL, "axes.titlesize": SMALL, "axes.titleweight": "bold",
         "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "figure.labelsize": SMALL,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT,
@@ -123,9 +124,12 @@ def as_svg(sheet: Figure, title: str, alt: str, caption: str, salt: str) -> str:
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     own = "c" + hashlib.sha256(salt.encode()).hexdigest()[:8]
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{own}", text)
+    # What says nothing: turns by 0, the one font again and again, decimals below a hundredth of a point.
+    text = re.sub(r' transform="rotate\(-?0 [^"]*"|(?<=; )font-family: [^;"]*; ', "", text)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
     text = re.sub(r"\s*\n\s*", "\n", text).replace("\n</text>", "</text>").replace("<defs>\n</defs>\n", "")
     head, _, body = text.partition(">")
-    told = f' role="img" aria-label="{escape(clean(alt))}" style="stroke-linejoin:round;stroke-linecap:butt"'
+    told = f' role="img" aria-label="{escape(clean(alt))}" style="stroke-linejoin:round;stroke-linecap:butt;{FONTS}"'
     named = f"<title>{escape(clean(title))}</title><desc>{escape(clean(caption))}</desc>"
     return f"{head}{told}>{named}{body}".strip() + "\n"
 
