@@ -109,13 +109,13 @@ def test_seven_aggregates_share_a_panel_for_each_attack(drawn: dict[str, Chart])
     assert told.count("lora") == 1, "in the one legend"
 
 
-def test_the_front_is_named_and_what_sends_nothing_is_a_level(drawn: dict[str, Chart]) -> None:
+def test_the_front_is_named_and_a_row_without_a_federation_is_a_level(drawn: dict[str, Chart]) -> None:
     one = studies.study({"name": "cost", "asks": "efficiency", "rows": ["federated", "centralized"],
                          "axes": {"method": ["prefix", "lora", "full"]}})  # fmt: skip
     quality, moved = {"prefix": 0.7, "lora": 0.8, "full": 0.75}, {"prefix": 10, "lora": 20, "full": 30}
     found = studies.found(one, lambda at, row, seed: {
         **studies.accuracy(quality[at["method"]] if row == "federated" else 0.9), "seconds": 1.0,
-        **dict.fromkeys(("bytes_up", "bytes_down"), moved[at["method"]] if row == "federated" else 0),
+        **dict.fromkeys(("bytes_up", "bytes_down"), moved[at["method"]]),  # of centralized, too: no cost of its own
     })  # fmt: skip
     mine = view(one, found)
     spots, levels = costs.spots(mine, costs.BYTES, *costs.looks_of(mine))
@@ -177,6 +177,13 @@ def test_hostile_names_are_text(drawn: dict[str, Chart]) -> None:
         assert "\x07" not in svg
     assert any("<b>" in text for text in texts(chart.svg)), HOSTILE
     assert any("$x_" in text for text in texts(chart.svg)), "no formula"
+
+
+def test_values_that_are_all_but_equal_are_not_torn_apart() -> None:
+    one = studies.study({"name": "p", "axes": {"dropout": [0.0, 0.5]}})
+    (chart,) = charts.charts(one, studies.found(one, lambda at, row, seed: 0.5 + 1e-9 * seed))
+    shown = [float(text) for text in texts(chart.svg) if re.fullmatch(r"0\.\d{3,}", text)]
+    assert max(shown) - min(shown) == pytest.approx(0.01, abs=0.003)
 
 
 @given(st.text(max_size=120), st.integers(4, 40))

@@ -173,7 +173,7 @@ def _performance(view: View) -> Iterator[Chart]:
     looks = marks.looks_of(view.rows)
     rows = {row: (label_of(row), looks[row]) for row in view.rows}
     said = f"{BARS}, small dots the seeds; all on the same test rows"
-    shown_at = [x for line in lines for value in line.rows.values() for x in _extent(value)]
+    shown_at = [x for line in lines for value in line.rows.values() for x in panels.extent(value)]
     span = min(shown_at), max(shown_at)
     pages = _pages(lines, int(MOST_INCHES / panels.depth(len(rows))))
     for page, some in enumerate(pages, 1):
@@ -185,10 +185,6 @@ def _performance(view: View) -> Iterator[Chart]:
         title = f"{view.title}: {', '.join(map(label_of, view.rows))}{f' ({page} of {len(pages)})' if pages[1:] else ''}"
         yield view.chart(_numbered("quality", page), title, said, f"Means over seeds. {seen}.",
                          lambda width, some=some: panels.dots(some, rows, view.quality, span, width))  # type: ignore[misc]
-
-
-def _extent(value: Interval) -> list[float]:
-    return [*value.values.values(), *((value.low, value.high) if value.known else ())]
 
 
 def _pages(lines: Sequence[panels.Line], most: int) -> list[list[panels.Line]]:

@@ -29,6 +29,8 @@ class Cost:
 BYTES = Cost("bytes", "bytes up and down, all silos together (logarithmic)", size)
 SECONDS = Cost("seconds", "seconds of the whole run (logarithmic)", duration)
 COSTS = (BYTES, SECONDS)
+# Rows without a federation: what crosses the wire there is how they are run, and no cost of theirs.
+LEVELS = ("zero_shot", "few_shot", "hand_written", "untrained", "alone", "alone.own", "centralized")
 
 
 def amount(one: Found, cost: Cost) -> float | None:
@@ -40,8 +42,8 @@ def amount(one: Found, cost: Cost) -> float | None:
 
 
 def sent(view: View) -> list[str]:
-    """The rows that send anything: they are points, the others are levels to compare with."""
-    return [row for row in view.rows if any(one.row == row and amount(one, BYTES) for one in view.found)]
+    """The rows whose silos send anything to each other's benefit: they are points, the others levels to compare with."""
+    return [row for row in view.rows if row not in LEVELS and any(one.row == row and amount(one, BYTES) for one in view.found)]
 
 
 def looks_of(view: View) -> tuple[list[dict[str, Any]], list[tuple[str, marks.Look]]]:

@@ -158,7 +158,7 @@ def wrapped(value: Any, width: int, lines: int = 3) -> str:
             told[-1] += piece
         while len(told[-1]) > width:
             told[-1:] = [told[-1][:width], told[-1][width:]]
-    return "\n".join(told if len(told) <= lines else [*told[: lines - 1], plain(told[lines - 1] + "…" * width, width)])
+    return "\n".join(told if len(told) <= lines else [*told[: lines - 1], told[lines - 1][: width - 1].rstrip() + "…"])
 
 
 def legend(sheet: Figure, looks: Sequence[tuple[str, Look]], lines: bool = True) -> Legend:

@@ -97,11 +97,21 @@ def dots(
     axes.set_yticks(ticks, names)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    room = (span[1] - span[0] or 0.02) * 0.05
-    axes.set_xlim(span[0] - room, span[1] + room)
+    axes.set_xlim(*_roomy(*span))
     axes.set_xlabel(marks.wrapped(label, int(width * 11)))
     marks.legend(sheet, list(rows.values()), lines=False)
     return _settled(sheet, [axes])
+
+
+def extent(value: Interval) -> list[float]:
+    """All values that are drawn of it."""
+    return [value.mean, *value.values.values(), *((value.low, value.high) if value.known else ())]
+
+
+def _roomy(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis around these values; values that are all but equal are not torn apart."""
+    wanted = max((high - low) * 1.1, 0.02 * max(abs(low), abs(high)), 1e-6)
+    return (low + high - wanted) / 2, (low + high + wanted) / 2
 
 
 def depth(rows: int) -> float:
@@ -123,6 +133,8 @@ def _dot(axes: Axes, value: Interval, y: float, look: Look) -> None:
 def along(panels: Sequence[Panel], looks: Named, x: Along, label: str, width: float) -> Figure:
     """Quality along an axis of the study, a line for each look, with 95 % intervals as whiskers."""
     sheet, grid = _grid(panels, width, bool(looks))
+    columns = grid[0].get_subplotspec().get_gridspec().ncols  # type: ignore[union-attr]
+    letters = max(6, int((width - 0.8) / columns * 10 / len(x.names)))
     apart = min(0.013, 0.1 / max(len(looks), 1) * (1 / max(len(x.places), 2)) * 4)
     for axes, panel in zip(grid, panels, strict=True):
         for number, points in panel.series.items():
@@ -134,8 +146,10 @@ def along(panels: Sequence[Panel], looks: Named, x: Along, label: str, width: fl
             for place, value in found:
                 if value.known:
                     axes.vlines(place, value.low, value.high, color=look.colour, linewidth=1.2)
-        axes.set_xticks(list(x.places.values()), [marks.wrapped(name, 12, 2) for name in x.names])
+        axes.set_xticks(list(x.places.values()), [marks.wrapped(name, letters) for name in x.names])
         axes.set_xlim(-0.08, 1.08)
+    heights = [y for panel in panels for points in panel.series.values() for _, value in points for y in extent(value)]
+    grid[0].set_ylim(*_roomy(min(heights), max(heights)))
     sheet.supxlabel(marks.wrapped(x.label, int(width * 11)), fontsize=SMALL)
     sheet.supylabel(_upright(label), fontsize=SMALL)
     if looks:
