@@ -129,6 +129,15 @@ def test_the_front_is_named_and_a_row_without_a_federation_is_a_level(drawn: dic
     assert not any(spot.front for spot in costs.spots(mine, costs.BYTES, *costs.looks_of(mine))[0])
 
 
+def test_an_axis_of_costs_has_two_ticks_at_least_with_their_unit() -> None:
+    one = studies.study({"name": "cost", "asks": "efficiency", "axes": {"method": ["prefix", "lora"]}})
+    found = studies.found(one, lambda at, row, seed: {**studies.accuracy(0.5), "bytes_up": 12e3, "bytes_down": 0,
+                                                      "seconds": 1.5 if at["method"] == "lora" else 1.7})  # fmt: skip
+    told = {chart.name: texts(chart.svg) for chart in charts.charts(one, found)}
+    assert {"1.5 s", "1.7 s"} <= set(told["against-seconds"])
+    assert "12 kB" in told["against-bytes"]
+
+
 def test_learning_curves_add_up_what_was_sent() -> None:
     one = studies.study({"name": "cost", "asks": "efficiency", "axes": {"method": ["prefix", "lora"]}}, seeds=(0, 1))
     log = (studies.logged((1, 1, 0.2), (10, 1, None), (10, 1, 0.6)), studies.logged((3, 1, 0.4), (10, 1, 0.5), (10, 1, 0.8)))

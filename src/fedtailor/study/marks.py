@@ -188,11 +188,12 @@ def scaled(axes: Axes, values: Sequence[float], unit: str) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     places = _seconds() if unit == "seconds" else _decades(math.log10(high / low))
-    inside = [place for place in places if low <= place <= high] or [math.sqrt(low * high)]
+    inside = [place for place in places if low <= place <= high]
+    inside = inside if len(inside) > 1 else sorted({min(values), max(values)})
     axes.xaxis.set_major_locator(FixedLocator(inside[:: math.ceil(len(inside) / 8)]))
     axes.xaxis.set_minor_locator(NullLocator())
     show = size if unit == "bytes" else duration
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: re.sub(r"\.0\b", "", show(value))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: re.sub(r"\.0\b", "", show(float(value)))))
 
 
 def _decades(span: float) -> list[float]:

@@ -135,7 +135,7 @@ def along(panels: Sequence[Panel], looks: Named, x: Along, label: str, width: fl
     sheet, grid = _grid(panels, width, bool(looks))
     columns = grid[0].get_subplotspec().get_gridspec().ncols  # type: ignore[union-attr]
     letters = max(6, int((width - 0.8) / columns * 10 / len(x.names)))
-    apart = min(0.013, 0.1 / max(len(looks), 1) * (1 / max(len(x.places), 2)) * 4)
+    apart = min(0.02 if x.ordered else 0.06, 0.4 / (max(len(looks), 1) * len(x.places)))
     for axes, panel in zip(grid, panels, strict=True):
         for number, points in panel.series.items():
             look = looks[number][1] if looks else marks.LOOKS[0]
@@ -147,7 +147,7 @@ def along(panels: Sequence[Panel], looks: Named, x: Along, label: str, width: fl
                 if value.known:
                     axes.vlines(place, value.low, value.high, color=look.colour, linewidth=1.2)
         axes.set_xticks(list(x.places.values()), [marks.wrapped(name, letters) for name in x.names])
-        axes.set_xlim(-0.08, 1.08)
+        axes.set_xlim(-0.1, 1.1)
     heights = [y for panel in panels for points in panel.series.values() for _, value in points for y in extent(value)]
     grid[0].set_ylim(*_roomy(min(heights), max(heights)))
     sheet.supxlabel(marks.wrapped(x.label, int(width * 11)), fontsize=SMALL)
