@@ -40,8 +40,7 @@ def test_labels_are_found_and_every_part_is_an_experiment(tmp_path: Path) -> Non
     assert study.cells[0].experiment.model.name == "minilm"
     assert {cell.seed for cell in study.cells} == {0, 1, 2}
     rates = {cell.at["method"]: cell.experiment.method.lr for cell in study.cells if cell.part.name == "performance"}
-    assert rates["full"] == own.LR["full"]
-    assert rates["lora"] == 5e-3, "its own default"
+    assert rates == {"prefix": 1e-2, "lora": 5e-3, "soft_prompt": 3e-2}, "their own defaults"
 
 
 def test_answers_are_written_by_a_causal_model_and_have_no_label_noise(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def study(
         done = sum(not conduct.missing_rows(conduct.folder_of(root, c), c.experiment.rows) for c in cells)
         if not worker:
             err.print(f"{root}: {len(cells)} runs, {done} finished", markup=False, highlight=False, soft_wrap=True)
+        if data is not None and not worker and done < len(cells):
+            err.print(_about(found, root), markup=False, highlight=False, soft_wrap=True)
         failed = _conducted(found, root, command, 1 if worker else jobs)
     if worker:
         return
@@ -91,6 +93,15 @@ def study(
     if failed:
         first = next(iter(failed.items()))
         raise RunError(f"{len(failed)} runs failed, first {first[0]}: {first[1]}; the same command tries them again")
+
+
+def _about(found: Study, root: Path) -> str:
+    from fedtailor.figures import duration
+    from fedtailor.study import estimate
+
+    seconds = sum(cost.seconds for cost in estimate.of(found, root).values())
+    more = f"--jobs 2 shares it between two; {root / 'study.toml'} can be changed, and run"
+    return f"about {duration(seconds)} in one process; {more}"
 
 
 def _plots_can_be_made() -> None:

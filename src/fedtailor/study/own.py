@@ -11,11 +11,8 @@ from fedtailor.errors import UserError, suggest
 from fedtailor.sources import Table
 
 MOST_LABELS = 20  # different words in a column that is taken for labels
-METHODS = ("prefix", "lora", "soft_prompt", "full")
-WRITERS = ("prefix", "lora", "soft_prompt")  # on a causal model: full fine-tuning of one is for who asks for it
+METHODS = ("prefix", "lora", "soft_prompt")  # full fine-tuning takes longest, and is for who asks for it
 FEW = 4  # silos: with fewer, one attacker is a quarter of them and more
-# Rates that suit a classifier on an encoder: DESIGN.md, "Where the default rates come from".
-LR = {"full": 5e-4}
 
 
 def table(
@@ -52,26 +49,25 @@ def table(
 
 def _classify(path: Path, silo_column: str, text: str, label: str) -> dict[str, Any]:
     data = {"source": str(path.resolve()), "template": f"{{{text}}}", "label": label, "silo_column": silo_column}
-    return _study("minilm", data, METHODS, steps=8)
+    return _study("minilm", data, steps=8)
 
 
 def _write(path: Path, silo_column: str, text: str, answer: str) -> dict[str, Any]:
     data = {"source": str(path.resolve()), "template": f"{{{text}}}\n", "answer": answer, "silo_column": silo_column}
-    return _study("smollm2-135m", data | {"max_words": 200}, WRITERS, steps=4)
+    return _study("smollm2-135m", data | {"max_words": 200}, steps=4)
 
 
-def _study(model: str, data: dict[str, Any], methods: Sequence[str], steps: int) -> dict[str, Any]:
+def _study(model: str, data: dict[str, Any], steps: int) -> dict[str, Any]:
     base = {
         "rounds": 8, "model": {"name": model}, "data": {**data, "max_val": 50, "max_test": 200},
-        "method": {"name": methods[0], "local_steps": steps, "batch_size": 8, "optimizer_state": "keep"},
+        "method": {"name": METHODS[0], "local_steps": steps, "batch_size": 8, "optimizer_state": "keep"},
         "evaluate": {"every": 2, "samples": 0}, "engine": {"threads": 1, "cohort": 2},
     }  # fmt: skip
     performance = {
         "name": "performance", "asks": "performance", "title": "Federated against centralized, and each silo alone",
-        "axes": {"method": list(methods)}, "rows": ["zero_shot", "alone", "federated", "centralized"], "over": "silos",
+        "axes": {"method": list(METHODS)}, "rows": ["zero_shot", "alone", "federated", "centralized"], "over": "silos",
     }  # fmt: skip
-    choice = {m: {"method.name": m, **({"method.lr": LR[m]} if m in LR else {})} for m in methods}
-    return {"base": base, "choice": {"method": choice}, "part": [performance]}
+    return {"base": base, "part": [performance]}
 
 
 def _robustness(silos: int, labelled: bool) -> list[dict[str, Any]]:
