@@ -13,6 +13,7 @@ import pytest
 
 from fedtailor import models
 from fedtailor.errors import UserError
+from fedtailor.files import read_json
 from fedtailor.study import conduct, grid, measured
 from tiny_studies import CLOSE, LOST, a_study
 
@@ -73,6 +74,15 @@ def test_a_part_more_and_a_row_more_run_what_is_missing_alone(tmp_path: Path) ->
     assert seen == ["lost (method prefix, dropout 0.0), seed 0", "close (method lora), seed 0"]
     assert file.stat().st_mtime_ns == before
     assert len(measured.read(more, tmp_path)) == 6
+
+
+def test_rows_without_training_are_scored_once_for_all_methods(tmp_path: Path) -> None:
+    study = a_study({"name": "p", "axes": {"method": ["prefix", "lora"]}, "rows": ["zero_shot", "few_shot"]})
+    conduct.conduct(study, tmp_path)
+    rows = [read_json(path) for path in sorted((tmp_path / "cells").rglob("row.json"))]
+    spent = [row["evaluation_seconds"] for row in rows]
+    assert len(rows) == 2 * 2 * 2
+    assert len(set(spent)) == 3, "zero-shot once, three examples once a seed"
 
 
 def test_figures_are_kept_and_models_are_not_unless_asked(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Run:
     prepared: tuple[rows_of.Loaded, models.Resident] | None = None  # the first seed's rows, and the base
     plan: dict[str, Any] = field(default_factory=dict)  # threads and cohort sizes, fixed before the first step
     content: str = ""  # what must stay the same until it is finished; by default all of the experiment
+    others: Mapping[str, Sequence[Path]] = field(default_factory=dict)  # zero_shot, few_shot -> runs that may have the same one
     courier: Courier | None = None  # to silos in processes of their own; None: all silos are in this one
 
     def conduct(self) -> dict[str, Any]:

@@ -48,8 +48,8 @@ class Seed:
         found: dict[str, Any] = {}
         for row in self.run.rows:
             file = self.folder / "rows" / row / "row.json"
-            if not file.exists() and row == "zero_shot" and not self.run.courier:  # afar, test rows are not known here
-                self._taken(file)
+            if not file.exists() and not self.run.courier:  # afar, test rows are not known here
+                self._taken(row, file)
             if not file.exists():
                 progress.line(f"{row}{'' if len(experiment.seeds) == 1 else f' (seed {self.seed})'} ...")
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,9 @@ class Seed:
     def _test_sha256(self) -> str:
         return rows_of.sha256(self.data, ("test",))
 
-    def _taken(self, file: Path) -> None:
-        for earlier in self.before:
-            other = earlier / "rows" / "zero_shot" / "row.json"
+    def _taken(self, row: str, file: Path) -> None:
+        for earlier in (*(self.before if row == "zero_shot" else ()), *self.run.others.get(row, ())):
+            other = earlier / "rows" / row / "row.json"
             if other.exists() and read_json(other).get("test_sha256") == self._test_sha256:
                 write_json(file, read_json(other))
 

@@ -13,9 +13,10 @@ import json
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -101,7 +102,7 @@ def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], 
                     told.done += 1
                     continue
                 progress.line(f"{told.done + len(told.failed) + 1} of {len(cells)}: {cell.label}")
-                why = _run(cell, folder, held, command, study.keep)
+                why = _run(cell, folder, held, command, study.keep, _like(cell, cells, root))
             mine += 1
             if why is None:
                 told.done += 1
@@ -120,7 +121,20 @@ def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], 
     return told
 
 
-def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str) -> str | None:
+def _like(cell: Cell, cells: Sequence[Cell], root: Path) -> dict[str, list[Path]]:
+    """Folders whose rows without training are this cell's, too: the same base, rows and scoring; few examples are a seed's."""
+
+    def asked(one: Cell) -> tuple[Any, ...]:
+        return one.experiment.model, one.experiment.data, one.experiment.silo, one.experiment.evaluate
+
+    same = [one for one in cells if one.key != cell.key and asked(one) == asked(cell)]
+    return {
+        "zero_shot": [folder_of(root, one) for one in same],
+        "few_shot": [folder_of(root, one) for one in same if one.seed == cell.seed],
+    }
+
+
+def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str, others: Mapping[str, Sequence[Path]]) -> str | None:
     """Run a cell's missing rows. Returns why it failed, None when it did not."""
     file = folder / "failed.json"
     try:
@@ -128,7 +142,7 @@ def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str) -> str |
         prepared = held.prepared(cell.experiment)
         if not (folder / "flops.json").exists():
             write_json(folder / "flops.json", flops.of(cell.experiment, *prepared))
-        one = runs.Run(cell.experiment, folder, command, prepared=prepared, content=cell.key)
+        one = runs.Run(cell.experiment, folder, command, prepared=prepared, content=cell.key, others=others)
         with progress.hushed():
             one.conduct()
     except FedtailorError as error:

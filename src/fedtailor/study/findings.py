@@ -13,8 +13,8 @@ from fedtailor.study.wording import Finding, finding, listed
 __all__ = ["Finding", "findings"]
 
 TOLD: dict[str, tuple[Callable[[Study, Points], Iterator[Finding]], ...]] = {
-    "performance": (performance.told, efficiency.told),
-    "efficiency": (efficiency.told, performance.told),
+    "performance": (performance.told,),
+    "efficiency": (efficiency.told,),
     "robustness": (robustness.told,),
 }
 NAMED = 4  # of what is missing; the others are counted
@@ -23,9 +23,10 @@ NAMED = 4  # of what is missing; the others are counted
 def findings(study: Study, found: Sequence[Found]) -> list[Finding]:
     """All sentences, part by part. Of a study that is not finished: what is there is said, and what is missing is named."""
     said: list[Finding] = []
+    costs_apart = any(part.asks == "efficiency" for part in study.parts)
     for part in study.parts:
         points = gather(study, part, found)
-        for tell in TOLD[part.asks]:
+        for tell in (*TOLD[part.asks], *(() if costs_apart or part.asks != "performance" else TOLD["efficiency"])):
             said += tell(study, points)
         said += _missing(points)
     return said
