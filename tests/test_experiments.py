@@ -12,9 +12,11 @@ import pytest
 import typer
 
 from fedtailor import cli, experiment
+from fedtailor.study import grid
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.toml"))
+STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 DOCUMENTS = [*ROOT.glob("[A-Z]*.md"), *ROOT.glob("docs/*.md")]
 UNITS = [*ROOT.glob("examples/systemd/*.service"), ROOT / "examples" / "Containerfile"]
 COMMANDS: Any = typer.main.get_command(cli.app)
@@ -63,6 +65,19 @@ def test_an_experiment_opens_with_its_own_command(file: Path) -> None:
     assert words[0] == "run"
     assert f"experiments/{file.name}" in words
     experiment.load(file, sets(words))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
+def test_a_study_parses_from_any_folder_and_opens_with_its_own_command(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = opening(file)
+    command(words)
+    assert words[:2] == ["study", f"studies/{file.name}"]
+    monkeypatch.chdir(tmp_path)
+    found = grid.load(file)
+    assert found.name == file.stem
+    assert {part.asks for part in found.parts} == {"performance", "efficiency", "robustness"}
 
 
 def blocks(text: str) -> list[str]:
