@@ -38,7 +38,7 @@ def told(study: Study, points: Points) -> Iterator[Finding]:
     attackers = _attackers(points)
     if attackers and "aggregate" in points.part.axes:
         yield from _aggregates(study, points, attackers)
-    if points.part.line and points.part.line != "aggregate":
+    if points.part.line and (points.part.line != "aggregate" or not attackers):
         for rest, _ in points.apart(points.part.line):
             yield from _line(study, points, rest)
         if "method" in points.part.axes and points.part.line != "method":
