@@ -71,7 +71,7 @@ def test_better_than_alone_and_not_shown_against_zero_shot() -> None:
     assert zero.holds is False
     assert "no difference" not in " ".join(one.text for one in told)
     assert said(told, "centralized has no seed in common").holds is None
-    assert said(told, "3 of 3 cells are not finished").text.count("centralized") == 3
+    assert said(told, "3 of 3 runs are not finished").text.count("centralized") == 3
 
 
 def test_one_seed_claims_nothing() -> None:
@@ -203,7 +203,7 @@ def test_unfinished_studies_say_what_is_there() -> None:
         robust(lambda at, row, seed, gone=gone: None if at["aggregate"] == gone else 0.5 + seed / 10, **ATTACKED)
     half = robust(lambda at, row, seed: None if at["dropout"] and seed == 2 else 0.5, axes={"dropout": [0.0, 0.3]})
     assert "2 seeds against" in half[0].test
-    assert said(half, "1 of 6 cells").text.endswith("(dropout 0.3, seed 2: federated).")
+    assert said(half, "1 of 6 runs").text.endswith("(dropout 0.3, seed 2: federated).")
     assert said(robust(lambda at, row, seed: 0.5 if at["dropout"] else None, axes={"dropout": [0.0, 0.3]}),
                 "not there").holds is None  # fmt: skip
 
@@ -247,3 +247,8 @@ def test_words_for_numbers() -> None:
     assert with_interval(interval({0: -0.0001, 1: 0.0001}), "accuracy").startswith("0.0 points (95 % interval -0.1 to 0.1)")
     assert comparative(interval({0: 0.25}), "loss", "lower") == "0.250 worse"
     assert comparative(interval({0: -0.25}), "odd", "") == "0.250 lower"
+
+
+def test_a_part_without_any_figure_says_only_that() -> None:
+    (only,) = robust(lambda at, row, seed: None, axes={"dropout": [0.0, 0.3]})
+    assert (only.text, only.holds) == ("None of the 6 runs is finished.", None)

@@ -26,7 +26,8 @@ def findings(study: Study, found: Sequence[Found]) -> list[Finding]:
     costs_apart = any(part.asks == "efficiency" for part in study.parts)
     for part in study.parts:
         points = gather(study, part, found)
-        for tell in (*TOLD[part.asks], *(() if costs_apart or part.asks != "performance" else TOLD["efficiency"])):
+        tells = TOLD[part.asks] if costs_apart or part.asks != "performance" else TOLD["performance"] + TOLD["efficiency"]
+        for tell in tells if points.found else ():
             said += tell(study, points)
         said += _missing(points)
     return said
@@ -37,5 +38,7 @@ def _missing(points: Points) -> list[Finding]:
         return []
     more = len(points.missing) - NAMED
     named = [*points.missing[:NAMED], *([f"{more} more"] if more > 0 else [])]
-    text = f"{len(points.missing)} of {len(points.asked)} cells are not finished, or have no {points.metric}: "
+    if not points.found:
+        return [finding(points, {}, f"none of the {len(points.asked)} runs is finished", "none", None)]
+    text = f"{len(points.missing)} of {len(points.asked)} runs are not finished, or have no {points.metric}: "
     return [finding(points, {}, text + listed([f"({name})" for name in named]), "none", None)]
