@@ -28,7 +28,7 @@ from fedtailor.files import read_json, write_json
 from fedtailor.study import flops
 from fedtailor.study.grid import Cell, Study
 
-HELD = 4  # tables of rows that are kept at hand: cells that follow one another often share theirs
+HELD = 2  # tables of rows that are kept at hand: cells that follow one another often share theirs
 LIGHT = ("row.json", "rounds.jsonl", "paired.json")  # of a row's folder: what figures are made of
 
 
