@@ -15,6 +15,7 @@ from fedtailor import models
 from fedtailor.errors import UserError
 from fedtailor.files import read_json
 from fedtailor.study import conduct, grid, measured
+from tiny_runs import TINY
 from tiny_studies import CLOSE, LOST, a_study
 
 FIGURES = ("accuracy", "loss", "macro_f1", "bytes_up", "bytes_down", "best_round", "rejected", "trained_parameters")
@@ -105,6 +106,39 @@ def test_a_failed_cell_is_told_and_tried_again(tmp_path: Path) -> None:
     assert conduct.conduct(study, tmp_path).failed == told.failed, "the same again: it was tried"
 
 
+def bad(replies: object) -> object:
+    raise ZeroDivisionError("oops")
+
+
+def test_a_bug_in_one_cell_is_that_cells_alone(tmp_path: Path) -> None:
+    study = a_study({"name": "p", "axes": {"aggregate": ["test_conduct:bad", "median"]}}, seeds=(0,))
+    told = conduct.conduct(study, tmp_path)
+    assert told.done == 1
+    assert told.failed == {"p (aggregate test_conduct:bad), seed 0": "unexpected ZeroDivisionError: oops"}
+
+
+def test_other_rows_are_other_cells(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(TINY.with_suffix(".jsonl").read_text())
+    part = {"name": "p", "set": {"data.source": str(file)}}
+    conduct.conduct(a_study(part, seeds=(0,)), tmp_path / "study")
+    assert len(measured.read(a_study(part, seeds=(0,)), tmp_path / "study")) == 1
+    file.write_text(file.read_text().replace("lovely", "loathed"))
+    assert measured.read(a_study(part, seeds=(0,)), tmp_path / "study") == [], "figures of other rows are not these"
+    assert conduct.conduct(a_study(part, seeds=(0,)), tmp_path / "study").done == 1
+
+
+def test_a_tracker_keeps_what_it_wrote(tmp_path: Path) -> None:
+    kept = tmp_path / "cells" / "x" / "rows" / "federated" / "tensorboard" / "events"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    (kept.parents[1] / "state").mkdir()
+    (kept.parents[1] / "served.safetensors").write_text("")
+    conduct._lighten(tmp_path / "cells" / "x")
+    assert [path.name for path in kept.parents[1].iterdir()] == ["tensorboard"]
+    assert kept.exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else than a study; choose another folder with --out"):
@@ -119,6 +153,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from fedtailor.study import conduct
+from tiny_runs import TINY
 from tiny_studies import CLOSE, LOST, a_study
 conduct.conduct(a_study(CLOSE, LOST), Path({root!r}))
 """

@@ -110,16 +110,45 @@ def test_the_line_and_what_it_is_compared_with() -> None:
         ([{"name": "p", "axes": {"dropuot": [0.1]}}], "no axis 'dropuot'; did you mean 'dropout'"),
         ([{"name": "p", "axes": {"dropout": []}}], "one or more values"),
         ([{"name": "p", "axes": {"dropout": [0.1, 2.0]}}], "[[part]] p (dropout 2.0): [faults] dropout"),
-        ([{"name": "p", "axes": {"where": ["nowhere"]}}], "no [choice.where.nowhere]"),
+        ([{"name": "p", "axes": {"where": ["even", "nowhere"]}}], "no [choice.where.nowhere]"),
         ([{"name": "p", "along": "y", "axes": {"dropout": [0.1]}}], "along: no axis 'y'"),
         ([{"name": "p", "reference": 7, "axes": {"dropout": [0.1]}}], "reference: 7 is no value"),
         ([{"name": "p", "base": "nowhere.toml"}], "base = 'nowhere.toml': no such file"),
         ([{"name": "p", "rows": ["fed"]}], "rows"),
+        ([{"name": "p", "metric": "acuracy"}], "no metric 'acuracy'; did you mean 'accuracy'"),
+        ([{"name": "p", "axes": {"dropout": [0.1]}, "skip": [{"dropuot": 0.1}]}], "is no combination of the axes"),
+        ([{"name": "p", "axes": {"dropout": [0.1]}, "skip": [{}]}], "is no combination of the axes"),
+        ([{"name": "p", "set": {"remove": ["data.silo_colum"]}}], "the base has no setting 'data.silo_colum'"),
+        ([{"name": "p", "set": {"remove": ["rounds.x"]}}], "the base has no setting 'rounds.x'"),
+        ([{"name": "p", "axes": {"dropout": [0.1], "faults.dropout": [0.2]}}], "'dropout' and 'faults.dropout' both set"),
+        ([], "one [[part]]"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_their_place(parts: list[dict[str, Any]], told: str) -> None:
-    choice = {"where": {"even": {"data.silos": 2}}}
+    choice = {"where": {"even": {"data.silos": 2}}} if parts and "where" in parts[0].get("axes", {}) else {}
     assert told in problems(*parts, choice=choice)
+
+
+def test_choices_of_nobody_and_names_of_no_folder_are_told() -> None:
+    part = {"name": "p", "axes": {"method": ["lora"]}}
+    assert "choice.methd.lora: no part has an axis 'methd' with it; did you mean 'method'" in problems(
+        part, choice={"methd": {"lora": {"method.lr": 0.5}}}
+    )
+    assert "cannot be a folder's" in problems(part, name="../up")
+    assert "one of seeds at least" in problems(part, seeds=[])
+
+
+def test_a_key_is_of_the_rows_and_not_of_their_place(tmp_path: Path) -> None:
+    def key(file: Path) -> str:
+        return a_study({"name": "p", "set": {"data.source": str(file)}}, seeds=[0]).cells[0].key
+
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_text(TINY.with_suffix(".jsonl").read_text())
+    other.write_text(one.read_text())
+    before = key(one)
+    assert key(other) == before == a_study({"name": "p"}, seeds=[0]).cells[0].key
+    other.write_text(one.read_text().replace("lovely", "loathed"))
+    assert key(other) != before
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -74,7 +74,8 @@ def test_a_csv_is_as_good(tmp_path: Path) -> None:
     [
         (rows(), {"silo_column": "stie"}, "--silo-column stie: .* has no such column; did you mean 'site'"),
         (rows(), {"silo_column": "site", "label": "modo"}, "--label modo: .* did you mean 'mood'"),
-        (rows(), {"silo_column": "site", "label": "mood", "answer": "note"}, "--label and --answer"),
+        (rows(), {"silo_column": "site", "label": "mood", "answer": "note"}, "--label and --answer: a study is of"),
+        (rows(), {"silo_column": "site", "label": "site"}, "a column can be one of them"),
         (rows(silos=1), {"silo_column": "site"}, "all 40 rows say 's0'; a federation has two or more"),
         (rows(size=("big", "small")), {"silo_column": "site"}, "mood, size could each be the label; say which with --label"),
         (BARE, {"silo_column": "site"}, "no column of texts is left for a label or an answer"),
@@ -86,6 +87,23 @@ def test_what_cannot_be_guessed_is_asked(
     path = written(tmp_path, table)
     with pytest.raises(UserError, match=told):
         own.table(path, **arguments)
+
+
+def test_a_cell_without_anything_is_told_with_its_line(tmp_path: Path) -> None:
+    table = rows()
+    del table[6]["site"]
+    with pytest.raises(UserError, match=r"line 7: nothing in the column 'site' \(--silo-column\)"):
+        own.table(written(tmp_path, table), "site")
+    table = rows()
+    table[6]["mood"] = None
+    with pytest.raises(UserError, match=r"line 7: nothing in the column 'mood' \(--label\)"):
+        own.table(written(tmp_path, table), "site")
+
+
+def test_many_labels_are_not_taken_for_texts(tmp_path: Path) -> None:
+    table = [{**row, "label": f"kind {i}", "mood": "x"} for i, row in enumerate(rows())]
+    with pytest.raises(UserError, match="'label' has 40 different words; if they are labels, say so with --label label"):
+        own.table(written(tmp_path, table), "site")
 
 
 def test_a_column_named_label_wins(tmp_path: Path) -> None:

@@ -71,8 +71,15 @@ def test_rows_of_mine_and_no_file(fedtailor: Command, tmp_path: Path) -> None:
     assert ended.code == 0, ended
     assert ended.err[0] == "60 rows of 2 silos (site); text: text; label: mood (bad, good)"
     assert "report: runs/study_mine/report.html" in ended.out
-    again = fedtailor("study", "runs/study_mine/study.toml", "--report")
+    made = tmp_path / "runs" / "study_mine" / "study.toml"
+    again = fedtailor("study", made, "--report")
     assert again.code == 0, "what was made can be changed, and run as a file"
+    made.write_text("margin = 0.05  # mine\n" + made.read_text())
+    before = made.read_text()
+    told = fedtailor("study", "--data", "mine.jsonl", "--silo-column", "site", "--model", "tiny", *few)
+    fails(told, 2, "says something else: it was changed", "run it with `fedtailor study", "--out")
+    assert fedtailor("study", made, "--report").code == 0
+    assert made.read_text() == before, "with its comments"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,7 @@ def test_rows_of_mine_and_no_file(fedtailor: Command, tmp_path: Path) -> None:
         (["small.toml", "--set", "base=5"], "no [base]"),
         (["small.toml", "--track", "mlfow"], "did you mean 'mlflow'"),
         (["small.toml", "--out", "small.toml"], "a file, not a folder"),
+        (["small.toml", "--model", "tiny", "--seeds", "9"], "--model, --seeds: goes with --data"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(fedtailor: Command, file: Path, arguments: list[str], told: str) -> None:
@@ -96,7 +104,7 @@ def test_mistakes_are_one_line(fedtailor: Command, file: Path, arguments: list[s
 def test_a_failed_run_is_named_and_the_rest_is_reported(fedtailor: Command, file: Path) -> None:
     file.write_text(STUDY + '[[part]]\nname = "lost"\naxes = { dropout = [0.0, 1.0] }\n')
     ended = fedtailor("study", file)
-    fails(ended, 1, "1 runs failed, first lost (dropout 1.0), seed 0: round 1: no reply of 3 silos", "tries them again")
+    fails(ended, 1, "1 runs failed, first lost (dropout 1.0), seed 0: round 1: no reply of 3 silos", "once mended, the")
     assert "report: runs/small/report.html" in ended.out
 
 

@@ -22,6 +22,10 @@ class RunError(FedtailorError):
     """The run itself failed: a diverged loss, a full disk, no reply at all. Exit code 1."""
 
 
+class NoReply(RunError):
+    """An exchange that brought nothing that can be used."""
+
+
 class SiloError(FedtailorError):
     """One silo could not do its work. The engine turns it into a named, counted `Failure`; the others go on."""
 

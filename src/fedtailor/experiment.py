@@ -18,7 +18,7 @@ from fedtailor import energy, find, listed, progress, tables, trainers
 from fedtailor import evaluate as scoring
 from fedtailor.core import Ask
 from fedtailor.data import SILO_FIELDS, Data, own_settings
-from fedtailor.errors import UserError, suggest
+from fedtailor.errors import NoReply, UserError, suggest
 from fedtailor.evaluate import Evaluate, Evaluation
 from fedtailor.faults import Faults
 from fedtailor.generations import Best, Generations
@@ -127,15 +127,25 @@ def run(
             with energy.metered() as spent:
                 began = time.perf_counter()
                 ask = engine.reach(number, sampled(engine.silos, experiment.participation, seed, number))
-                state = method.round(state, ask)
+                state, lost = _round(experiment, method, state, ask)
             entry, best = _ended(experiment, engine, method, number, state, best, began)
-            log.append({**entry, **spent, "silos": list(ask.silos)})
+            log.append({**entry, **spent, **({"lost": True} if lost else {}), "silos": list(ask.silos)})
             _commit(engine, keep, number, state, best, log)
             heard(log)
             advance()
             progress.line(_told(log[-1], experiment.rounds))
     chosen, number = (state, experiment.rounds) if best is None else (best.state, best.round)
     return Report(chosen, method.serve(chosen), number, log, state)
+
+
+def _round(experiment: Experiment, method: Any, state: Any, ask: Ask) -> tuple[Any, bool]:
+    """The state after a round, and whether it was lost: where replies are lost at random, by chance all of them may be."""
+    try:
+        return method.round(state, ask), False
+    except NoReply:
+        if not 0 < experiment.faults.dropout < 1:
+            raise
+        return state, True
 
 
 def sampled(silos: Sequence[str], participation: float, seed: int, number: int) -> tuple[str, ...]:
@@ -386,14 +396,4 @@ def set_over(table: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         parsed = value
-    put(table, place.strip(), parsed, f"--set {text}")
-
-
-def put(table: dict[str, Any], path: str, value: Any, told: str = "") -> None:
-    """The value laid over the setting at a dotted path."""
-    *parts, key = path.split(".")
-    for part in parts:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise UserError(f"{told or path}: {part} is a value, not a table")
-    table[key] = value
+    tables.put(table, place.strip(), parsed, f"--set {text}")

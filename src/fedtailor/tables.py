@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtailor.errors import suggest
+from fedtailor.errors import UserError, suggest
 
 
 def part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
@@ -56,3 +56,13 @@ def _flawed(hint: Any, given: Any, where: str, errors: list[str]) -> bool:
         named = any(f.name == "name" for f in fields(inner)) if inner is not None else hint == Mapping[str, Any]
         errors.append(f"{where} must be a table{f', as {{name = {json.dumps(given)}}}' if named else ''}, not {given!r}")
     return len(errors) > before
+
+
+def put(table: dict[str, Any], path: str, value: Any, told: str = "") -> None:
+    """The value laid over the setting at a dotted path."""
+    *parts, key = path.split(".")
+    for part in parts:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{told or path}: {part} is a value, not a table")
+    table[key] = value

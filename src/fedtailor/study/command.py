@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def study(
     label: Annotated[str, typer.Option("--label", help="of --data: the column of labels; guessed")] = "",
     answer: Annotated[str, typer.Option("--answer", help="of --data: or that of texts to write")] = "",
     model: Annotated[str, typer.Option("--model", help="for --data; default minilm for labels, smollm2-135m for texts")] = "",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="for --data: how many")] = 3,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="for --data: how many; default 3")] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="processes that share the work, each with a base of its own")] = 1,
     background: Annotated[bool, typer.Option("--background", help="go on without this terminal")] = False,
     only: Annotated[bool, typer.Option("--report", help="run nothing: the report of what is finished")] = False,
@@ -47,12 +48,16 @@ def study(
     tracking.to(track)
     if (file is None) == (data is None):
         raise UserError("name a study's file, or --data ROWS.jsonl --silo-column COLUMN")
+    asked = {"--silo-column": silo_column, "--text": text, "--label": label, "--answer": answer, "--model": model}
+    if file is not None and (mine := [name for name, given in asked.items() if given] + ["--seeds"] * (seeds is not None)):
+        told = "goes with --data; what a file says is changed with --set, such as --set base.model.name=..."
+        raise UserError(f"{', '.join(mine)}: {told}")
     if data is not None:
         from fedtailor.study import own
 
         if not silo_column:
             raise UserError(f"--data {data}: say which column tells whose a row is: --silo-column COLUMN")
-        table, told = own.table(data, silo_column, text, label, answer, model, seeds)
+        table, told = own.table(data, silo_column, text, label, answer, model, seeds or 3)
         for one in sets or ():
             experiment.set_over(table, one)
         found = grid.parse(table, f"--data {data}")
@@ -64,7 +69,7 @@ def study(
     root = folder or Path("runs") / found.name
     command = "fedtailor " + shlex.join(a for a in sys.argv[1:] if a not in ("--background", "--worker"))
     if not only:
-        conduct.begin(found, root)
+        conduct.begin(found, root, made=data is not None)
     elif not root.is_dir():
         raise UserError(f"{root}: no study there yet; run it without --report")
     if background and not only:
@@ -83,7 +88,9 @@ def study(
         return
     rows = measured.read(found, root)
     if not rows:
-        raise RunError(f"{root}: nothing is finished yet{'; ' + next(iter(failed.values())) if failed else ''}")
+        if only:
+            raise UserError(f"{root}: nothing is finished yet; run it without --report")
+        raise RunError(f"{root}: nothing could be finished; {next(iter(failed.values()))}")
     from fedtailor.study import findings, page
 
     report = page.write(found, rows, root)
@@ -92,7 +99,7 @@ def study(
     out.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
     if failed:
         first = next(iter(failed.items()))
-        raise RunError(f"{len(failed)} runs failed, first {first[0]}: {first[1]}; the same command tries them again")
+        raise RunError(f"{len(failed)} runs failed, first {first[0]}: {first[1]}; once mended, the same command tries them again")
 
 
 def _about(found: Study, root: Path) -> str:
@@ -117,6 +124,8 @@ def _conducted(found: Study, root: Path, command: str, jobs: int) -> dict[str, s
     """Run the cells in this process and in `jobs` - 1 others. Returns those that failed, and why."""
     from fedtailor.study import conduct
 
+    # whoever started this may have had it ignore Ctrl-C, as a script's & does; and an end asked for ends the others, too
+    before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGINT, signal.SIGTERM)}
     others = [_started([*_mine(), "--worker"], root / f"worker-{number}.log") for number in range(2, jobs + 1)]
     try:
         conduct.conduct(found, root, command)
@@ -129,6 +138,8 @@ def _conducted(found: Study, root: Path, command: str, jobs: int) -> dict[str, s
         for other in others:
             if other.poll() is None:
                 other.terminate()
+        for one, handler in before.items():
+            signal.signal(one, handler)
     return conduct.failures(found, root)
 
 
@@ -148,7 +159,7 @@ def _started(arguments: Sequence[str], log: Path, **how: Any) -> subprocess.Pope
 def _detached(root: Path) -> None:
     log = root / "study.log"
     process = _started(_mine(), log, start_new_session=True, env={**os.environ, "COLUMNS": "120"})
-    told = f"running as process {process.pid}; follow it with: tail -f {log}; stop it with: kill -INT {process.pid}"
+    told = f"running as process {process.pid}; follow it with: tail -f {log}; stop it with: kill {process.pid}"
     out.print(told, markup=False, highlight=False, soft_wrap=True)
 
 

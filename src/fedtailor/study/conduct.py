@@ -25,11 +25,12 @@ from fedtailor import models, preparing, progress, runs, wire
 from fedtailor.errors import FedtailorError, UserError
 from fedtailor.experiment import Experiment, as_table
 from fedtailor.files import read_json, write_json
-from fedtailor.study import flops
+from fedtailor.study import flops, grid
 from fedtailor.study.grid import Cell, Study
 
 HELD = 2  # tables of rows that are kept at hand: cells that follow one another often share theirs
-LIGHT = ("row.json", "rounds.jsonl", "paired.json")  # of a row's folder: what figures are made of
+HEAVY = ("adapter", "state")  # folders, and files, of models: hundreds would fill a disk
+HEAVY_FILES = (".safetensors", ".bin", ".pt")
 
 
 @dataclass
@@ -55,7 +56,6 @@ class Progress:
 
     done: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # label of a cell -> why
-    elsewhere: int = 0  # cells that other processes have in hand
 
 
 def folder_of(root: Path, cell: Cell) -> Path:
@@ -63,18 +63,28 @@ def folder_of(root: Path, cell: Cell) -> Path:
 
 
 def missing_rows(folder: Path, rows: Sequence[str]) -> list[str]:
-    """Of the rows asked, those that are not finished."""
-    return [row for row in rows if not (folder / "rows" / row / "row.json").exists()]
+    """Of the rows asked, those that are not finished: all, while nothing says on what they were run."""
+    whole = (folder / "result.json").exists()
+    return [row for row in rows if not whole or not (folder / "rows" / row / "row.json").exists()]
 
 
-def begin(study: Study, root: Path) -> None:
-    """Take the folder for this study; one that holds another study of that name goes on, with the cells that both share."""
+def begin(study: Study, root: Path, made: bool = False) -> None:
+    """Take the folder for this study; one that holds another state of its file goes on, with the cells that both share.
+
+    `made`: no file says it. Then a study.toml that is other than it would be is someone's, and is not written over.
+    """
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: a file, not a folder; choose another with --out")
     if root.is_dir() and any(root.iterdir()) and not (root / "study.toml").exists():
         raise UserError(f"{root}: holds something else than a study; choose another folder with --out")
+    file, text = root / "study.toml", tomli_w.dumps(dict(study.source)).encode()
+    if made and file.exists() and file.read_bytes() != text:
+        other = f"run it with `fedtailor study {file}`, or choose another folder with --out"
+        raise UserError(f"{file}: says something else: it was changed, or made with other options; {other}")
     root.mkdir(parents=True, exist_ok=True)
-    wire.write_bytes(root / "study.toml", tomli_w.dumps(dict(study.source)).encode())
+    if file.exists() and grid.same(file, study):
+        return  # with its comments
+    wire.write_bytes(file, text)
 
 
 def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], None] = lambda cell: None) -> Progress:
@@ -111,10 +121,8 @@ def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], 
                 told.failed[cell.label] = why
                 progress.line(f"failed: {cell.label}: {why}")
         if waiting and len(waiting) == len(left):
-            told.elsewhere = len(waiting)
             time.sleep(5)
         left = waiting
-    told.elsewhere = 0
     spent = time.monotonic() - began
     if mine:
         progress.line(f"{mine} cells in {spent:.0f} s, {told.done} of {len(cells)} finished")
@@ -125,7 +133,9 @@ def _like(cell: Cell, cells: Sequence[Cell], root: Path) -> dict[str, list[Path]
     """Folders whose rows without training are this cell's, too: the same base, rows and scoring; few examples are a seed's."""
 
     def asked(one: Cell) -> tuple[Any, ...]:
-        return one.experiment.model, one.experiment.data, one.experiment.silo, one.experiment.evaluate
+        ours = one.experiment
+        judge = ours.method if hasattr(ours.method, "judge") else None  # it asks questions of its own, in its own way
+        return ours.model, ours.data, ours.silo, ours.evaluate, judge
 
     same = [one for one in cells if one.key != cell.key and asked(one) == asked(cell)]
     return {
@@ -145,9 +155,12 @@ def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str, others: 
         one = runs.Run(cell.experiment, folder, command, prepared=prepared, content=cell.key, others=others)
         with progress.hushed():
             one.conduct()
-    except FedtailorError as error:
-        write_json(file, {"cell": cell.label, "why": str(error)})
-        return str(error)
+    except OSError:  # a full disk is no cell's own
+        raise
+    except Exception as error:  # one cell's, a bug in it or too little memory: the others go on
+        why = str(error) if isinstance(error, FedtailorError) else f"unexpected {type(error).__name__}: {error}"
+        write_json(file, {"cell": cell.label, "why": why})
+        return why
     file.unlink(missing_ok=True)
     if keep == "figures":
         _lighten(folder)
@@ -155,14 +168,12 @@ def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str, others: 
 
 
 def _lighten(folder: Path) -> None:
-    """Leave the figures of a finished cell: the states and adapters of hundreds would fill a disk."""
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    for path in sorted((folder / "rows").rglob("*"), reverse=True):
-        if path.is_file() and path.name not in LIGHT:
-            path.unlink()
-        elif path.is_dir():
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
+    """Leave all of a finished cell but its models."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and path.name in HEAVY:
+            shutil.rmtree(path)
+        elif path.suffix in HEAVY_FILES:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

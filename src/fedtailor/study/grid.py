@@ -19,6 +19,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from fedtailor import tables
 from fedtailor.errors import UserError, suggest
 from fedtailor.experiment import Experiment, RowName
 from fedtailor.faults import Faults
+from fedtailor.figures import METRICS
 
 Value = str | float | int
 Overlay = Mapping[str, Any]  # dotted path of a setting -> its value
@@ -69,6 +71,11 @@ class Part:
     skip: tuple[Mapping[str, Value], ...] = ()  # combinations that are left out
 
     def __post_init__(self) -> None:
+        if self.metric and self.metric not in METRICS:
+            raise ValueError(f"metric: no metric {self.metric!r}{suggest(self.metric, METRICS)}")
+        for left in self.skip:
+            if not left or any(value not in self.axes.get(axis, ()) for axis, value in left.items()):
+                raise ValueError(f"skip: {dict(left)} is no combination of the axes and their values")
         if not self.name or not set(self.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-"):
             raise ValueError(f"name {self.name!r} must be of small letters, digits, - and _: files are called after it")
         for axis, values in self.axes.items():
@@ -143,6 +150,18 @@ class _Head:
     keep: Literal["figures", "models"] = "figures"
     choice: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.part or not self.seeds:
+            raise ValueError("a study needs one [[part]] and one of seeds at least")
+        if not re.fullmatch(r"[^./\\][^/\\]*", self.name):
+            raise ValueError(f"name {self.name!r} cannot be a folder's: no slashes, and no dot in front")
+        used = {(axis, str(value)) for part in self.part for axis, values in part.axes.items() for value in values}
+        for axis, named in self.choice.items():
+            for value in named:
+                if (axis, value) not in used:
+                    axes = {axis for axis, _ in used}
+                    raise ValueError(f"choice.{axis}.{value}: no part has an axis {axis!r} with it{suggest(axis, axes)}")
+
 
 def is_study(table: Mapping[str, Any]) -> bool:
     return "part" in table
@@ -155,6 +174,14 @@ def load(path: Path, sets: Sequence[str] = ()) -> Study:
         experiments.set_over(table, text)
     table.setdefault("name", path.stem)
     return parse(table, str(path), path.parent)
+
+
+def same(path: Path, study: Study) -> bool:
+    """Whether that file says this study."""
+    try:
+        return load(path).source == study.source
+    except UserError:
+        return False
 
 
 def parse(table: Mapping[str, Any], place: str, folder: Path = Path()) -> Study:
@@ -176,9 +203,16 @@ def parse(table: Mapping[str, Any], place: str, folder: Path = Path()) -> Study:
         cells += _cells(part, found, table.get("base"), place, folder, errors)
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
+    whole = _whole(table, place, folder)
     return Study(
-        found.name, found.part, tuple(cells), found.title, found.about, found.margin, found.target, found.keep, dict(table)
+        found.name, found.part, tuple(cells), found.title, found.about, found.margin, found.target, found.keep, whole
     )
+
+
+def _whole(table: Mapping[str, Any], place: str, folder: Path) -> dict[str, Any]:
+    """The study without need of the files that its bases are in, but for those that only one part has."""
+    parts = [{**one, **({"base": str(_file(one["base"], folder).resolve())} if one.get("base") else {})} for one in table["part"]]
+    return {**table, **({"base": _base(table["base"], place, folder)} if "base" in table else {}), "part": parts}
 
 
 def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors: list[str]) -> Iterator[Cell]:
@@ -187,6 +221,7 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
         start = _base(part.base or base, place, folder)
         known = {**head.choice, **part.choice}
         overlays = {axis: {value: _overlay(axis, value, known) for value in values} for axis, values in part.axes.items()}
+        _apart(overlays)
     except UserError as error:
         errors.append(f"{where}: {error}")
         return
@@ -209,13 +244,30 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
 
 
 def key_of(experiment: Experiment) -> str:
-    """Of what an experiment computes, whatever it and its rows are called. Settings at their defaults are left out, so that
-    a setting more in a later version does not make all runs anew."""
+    """Of what an experiment computes, whatever it and its rows are called, and wherever the file of its data lies.
+
+    Settings at their defaults are left out, so that a setting more in a later version does not make all runs anew.
+    """
     idle = not experiment.faults.attackers and experiment.faults.attack != "backdoor"  # of which success is counted anyway
     faults = replace(experiment.faults, attack=Faults.attack, strength=Faults.strength) if idle else experiment.faults
     said = {k: v for k, v in _said(replace(experiment, faults=faults)).items() if k not in NOT_CONTENT}
+    for name in ("source", "public"):
+        if (given := Path(said["data"].get(name, ""))).is_absolute() and given.exists():
+            said["data"][name] = sha256_of(given)
     content = {"method": experiments.name_of(type(experiment.method)), "settings": said, "keys": KEYS}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, or of all files' in a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256("".join(_hashed(p, p.stat().st_mtime_ns, p.stat().st_size) for p in files).encode()).hexdigest()
+
+
+@functools.cache
+def _hashed(path: Path, changed: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _said(value: Any) -> Any:
@@ -245,10 +297,15 @@ def _base(given: Any, place: str, folder: Path) -> dict[str, Any]:
         return copy.deepcopy(dict(given))
     if not isinstance(given, str):
         raise UserError("no [base]: write an experiment there, or base = \"FILE.toml\"")
+    path = _file(given, folder)
+    return experiments.resolved(experiments.read(path), path.parent)
+
+
+def _file(given: str, folder: Path) -> Path:
     path = next((p for p in (folder / given, Path(given)) if p.is_file()), None)
     if path is None:
-        raise UserError(f"base = {given!r}: no such file, seen from {folder or place}")
-    return experiments.resolved(experiments.read(path), path.parent)
+        raise UserError(f"base = {given!r}: no such file, seen from {folder.resolve().name}/")
+    return path
 
 
 def _overlay(axis: str, value: Value, choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Overlay:
@@ -262,16 +319,31 @@ def _overlay(axis: str, value: Value, choices: Mapping[str, Mapping[str, Mapping
     raise UserError(f"axes: no axis {axis!r}{suggest(axis, SETTINGS)}; or a setting's path, or write [choice.{axis}.NAME]")
 
 
+def _apart(overlays: Mapping[str, Mapping[Value, Overlay]]) -> None:
+    """No two axes set the same: the one would undo the other. Raises UserError."""
+    taken: dict[str, str] = {}
+    for axis, values in overlays.items():
+        for path in {path for overlay in values.values() for path in overlay} - {REMOVE}:
+            if path in taken:
+                raise UserError(f"axes: {taken[path]!r} and {axis!r} both set {path}; the one would undo the other")
+            taken[path] = axis
+
+
 def _laid(start: Mapping[str, Any], laid: Overlay, folder: Path) -> dict[str, Any]:
     """The base with these settings over it, and without those to remove. Another method leaves out what is of the base's own."""
     table = copy.deepcopy(dict(start))
     written = dict(table["method"]) if isinstance(table.get("method"), dict) else {}
     for path in laid.get(REMOVE, ()):
         *parts, key = path.split(".")
-        functools.reduce(lambda inside, part: inside.get(part, {}), parts, table).pop(key, None)
+        inside: Any = table
+        for part in parts:
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        if not isinstance(inside, dict) or key not in inside:
+            raise UserError(f"remove: the base has no setting {path!r}")
+        del inside[key]
     for path, value in laid.items():
         if path != REMOVE:
-            experiments.put(table, path, copy.deepcopy(value))
+            tables.put(table, path, copy.deepcopy(value))
     table.pop("name", None)
     table.pop("seeds", None)
     table.pop("rows", None)

@@ -11,6 +11,7 @@ from fedtailor.errors import UserError, suggest
 from fedtailor.sources import Table
 
 MOST_LABELS = 20  # different words in a column that is taken for labels
+LABELS = ("label", "class", "category", "target", "y")  # names that tell
 METHODS = ("prefix", "lora", "soft_prompt")  # full fine-tuning takes longest, and is for who asks for it
 FEW = 4  # silos: with fewer, one attacker is a quarter of them and more
 
@@ -19,6 +20,9 @@ def table(
     path: Path, silo_column: str, text: str = "", label: str = "", answer: str = "", model: str = "", seeds: int = 3
 ) -> tuple[dict[str, Any], str]:
     """The study's table as its file would hold it, and what was taken for what, in a line. Raises UserError."""
+    given = [column for column in (silo_column, text, label, answer) if column]
+    if len(set(given)) < len(given):
+        raise UserError("--silo-column, --text, --label and --answer: a column can be one of them")
     if label and answer:
         raise UserError("--label and --answer: a study is of labels or of written answers; leave one out")
     read = sources.read(str(path), config="", revision="", split_column="split")
@@ -34,6 +38,11 @@ def table(
     text = text or _text(read, left, path, need="the text", option="--text")
     if not label and not answer:
         answer = _text(read, [c for c in left if c != text], path, need="a label or an answer", option="--label or --answer")
+    for index, row in enumerate(read.rows):
+        for option, column in (("--silo-column", silo_column), ("--text", text), ("--label", label), ("--answer", answer)):
+            if column and row.get(column) in (None, ""):
+                what = f"nothing in the column {column!r} ({option})"
+                raise UserError(f"{read.place(index)}: {what}; fill it in, or delete the row")
     silos = sorted({str(row[silo_column]) for row in read.rows})
     if len(silos) < 2:
         raise UserError(f"--silo-column {silo_column}: all {len(read.rows)} rows say {silos[0]!r}; a federation has two or more")
@@ -48,13 +57,19 @@ def table(
 
 
 def _classify(path: Path, silo_column: str, text: str, label: str) -> dict[str, Any]:
-    data = {"source": str(path.resolve()), "template": f"{{{text}}}", "label": label, "silo_column": silo_column}
+    data = {"source": str(path.resolve()), "template": _field(text), "label": label, "silo_column": silo_column}
     return _study("minilm", data, steps=8)
 
 
 def _write(path: Path, silo_column: str, text: str, answer: str) -> dict[str, Any]:
-    data = {"source": str(path.resolve()), "template": f"{{{text}}}\n", "answer": answer, "silo_column": silo_column}
+    data = {"source": str(path.resolve()), "template": f"{_field(text)}\n", "answer": answer, "silo_column": silo_column}
     return _study("smollm2-135m", data | {"max_words": 200}, steps=4)
+
+
+def _field(column: str) -> str:
+    if set(column) & set("{}"):
+        raise UserError(f"--text {column}: a column's name cannot hold braces; rename it")
+    return f"{{{column}}}"
 
 
 def _study(model: str, data: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def _robustness(silos: int, labelled: bool) -> list[dict[str, Any]]:
         parts.append({
             "name": "attackers", "title": "A silo that sends the opposite of what it learnt", "over": "silos",
             "set": {"faults.attack": "sign_flip", "faults.strength": 4.0},
-            "axes": {"aggregate": ["mean", "median", "geometric_median"], "attackers": [0.0, 1 / silos]}, "along": "attackers",
+            "axes": {"aggregate": ["mean", "median", "geometric_median"], "attackers": [0.0, round(1 / silos, 3)]},
         })  # fmt: skip
     return parts
 
@@ -89,7 +104,12 @@ def _robustness(silos: int, labelled: bool) -> list[dict[str, Any]]:
 def _label(read: Table, columns: Sequence[str], text: str) -> str:
     """The one column that holds few words, each of them often; "" without any."""
     likely = [c for c in columns if c != text and 2 <= len(_words(read, c)) <= min(MOST_LABELS, len(read.rows) // 5)]
-    named = [c for c in likely if c.lower() in ("label", "class", "category", "target", "y")]
+    many = [c for c in columns if c != text and c.lower() in LABELS]
+    if not likely and many:
+        found = len(_words(read, many[0]))
+        told = f"--data: column {many[0]!r} has {found} different words"
+        raise UserError(f"{told}; if they are labels, say so with --label {many[0]}, else name --answer COLUMN")
+    named = [c for c in likely if c.lower() in LABELS]
     if len(likely) > 1 and len(named) != 1:
         raise UserError(f"--data: {', '.join(likely)} could each be the label; say which with --label, or --answer COLUMN")
     return (named or likely or [""])[0]
@@ -105,8 +125,7 @@ def _text(read: Table, columns: Sequence[str], path: Path, need: str, option: st
 
 
 def _words(read: Table, column: str) -> list[str]:
-    found = {str(row.get(column)) for row in read.rows}
-    return sorted(found)
+    return sorted({str(row[column]) for row in read.rows if row.get(column) not in (None, "")})
 
 
 def _name(path: Path) -> str:
