@@ -290,3 +290,13 @@ def test_what_an_exact_aggregation_keeps_is_not_counted_as_trained(tmp_path: Pat
         for how in ("mean", "exact")
     ]
     assert counts[0]["trained_parameters"] == counts[1]["trained_parameters"] == 2 * 8 * ((32 + 32) + (32 + 16))
+
+
+def test_a_round_whose_replies_are_all_lost_by_chance_leaves_things_as_they_were(tmp_path: Path) -> None:
+    """With 0.7 of three silos' replies lost, some of eight rounds are lost whole (0.34 each), and the run goes on."""
+    conduct(tmp_path, 'rows=["federated"]', "faults.dropout=0.7", "rounds=8", "seeds=[1]")
+    log = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    lost = [entry for entry in log if entry.get("lost")]
+    assert 0 < len(lost) < 8
+    assert all(len(entry["rejected"]) == 3 for entry in lost)
+    assert all(len(entry["rejected"]) < 3 for entry in log[1:] if entry not in lost)

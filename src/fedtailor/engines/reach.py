@@ -128,7 +128,7 @@ class Reach:
             few = f"{used} replies that could be used, fewer than engine.minimum = {self.engine.minimum}"
             raise RunError(f"round {request.round}: {few}; {'; '.join(why[:3])}")
         if not used and to:
-            raise RunError(f"round {request.round}: no reply of {len(to)} silos could be used; {'; '.join(why[:3])}")
+            raise NoReply(f"round {request.round}: no reply of {len(to)} silos could be used; {'; '.join(why[:3])}")
 
     def _arrived(
         self, request: Request, to: tuple[str, ...], deadline: float | None, missing: dict[str, str]
