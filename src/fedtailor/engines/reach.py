@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fedtailor import progress, wire
 from fedtailor.core import Reply, Silo, Total
 from fedtailor.engines.desk import Request, seed_of
-from fedtailor.errors import RunError, printable
+from fedtailor.errors import NoReply, RunError, printable
 from fedtailor.faults import Faults
 from fedtailor.packed import Packed
 
