@@ -68,6 +68,19 @@ def test_no_spread_at_all() -> None:
     assert not non_inferior(same, same, 0.0, "higher").holds
 
 
+def test_two_equal_differences_are_no_test() -> None:
+    """They come by chance where figures are of few test rows: (1/20, 1/20). Three of them are taken for what they are."""
+    two_alike, three_alike = (dict.fromkeys(range(n), 0.5) for n in (2, 3))
+    less = dict.fromkeys(range(3), 0.45)
+    assert math.isnan(paired(two_alike, less).p)
+    assert not paired(two_alike, less).shown
+    assert math.isnan(exceeds(two_alike, 0.1))
+    assert not non_inferior(two_alike, less, 0.02, "higher").holds
+    assert math.isnan(non_inferior(two_alike, less, 0.02, "higher").p_inferior)
+    assert paired(three_alike, less).shown
+    assert non_inferior(three_alike, less, 0.02, "higher").holds
+
+
 @pytest.mark.parametrize(("better", "sign"), [("higher", -1), ("lower", 1)])
 def test_non_inferiority_by_hand(better: str, sign: int) -> None:
     """Worse by 0.01 and 0.02, margin 0.03: 0.015 short of it, error 0.005, t = 3: p = .102. With margin 0.1, t = 17."""

@@ -83,6 +83,29 @@ def test_one_seed_claims_nothing() -> None:
     assert "with one seed it is 10.4 points better" in said(told, "alone").text
 
 
+def test_two_seeds_that_agree_claim_nothing() -> None:
+    """Every difference is the same with both seeds: no test, whichever question is asked."""
+    rows = {"zero_shot": 0.2, "alone": 0.5, "federated": 0.7, "centralized": 0.7}
+    one = study({"name": "main", "asks": "performance", "rows": ROWS, "axes": {"method": ["prefix", "lora"]}}, seeds=(0, 1))
+    told = findings(one, found(one, lambda at, row, seed: rows[row] - 0.1 * (at["method"] == "lora")))
+    told += robust(lambda at, row, seed: 0.8 - at["dropout"] * (1 + (at["method"] == "lora")), seeds=(0, 1),
+                   axes={"method": ["prefix", "lora"], "dropout": [0.0, 0.3]})  # fmt: skip
+    told += robust(lambda at, row, seed: attacked(at, row, 1), seeds=(0, 1), **ATTACKED)
+    tested = [one for one in told if "means over" not in one.test]
+    assert len(tested) == 2 * 3 + 1 + 2 + 1 + 3
+    assert {one.test for one in tested} == {"none: 2 seeds, no spread between them"}
+    assert {one.holds for one in tested} == {None}
+    assert all("not shown" in one.text.lower() for one in tested)
+
+
+def test_three_seeds_that_agree_are_told_of() -> None:
+    told = robust(lambda at, row, seed: 0.8 - at["dropout"], axes={"dropout": [0.0, 0.3]})
+    assert [one.test.rpartition(": ")[2] for one in told] == [
+        "p < .001 (no spread between them) at 0.3", "p = 1 (no spread between them) at 0.3"]  # fmt: skip
+    (first, *_) = robust(lambda at, row, seed: attacked(at, row, 1), **ATTACKED)
+    assert first.test.count("(no spread between them)") == 6
+
+
 def test_methods_against_each_other() -> None:
     """Three pairs. prefix and ia3 are 0.001 apart; lora is far from both."""
     levels = {"prefix": 0.5, "lora": 0.7, "ia3": 0.501}
@@ -164,7 +187,7 @@ def test_which_aggregates_hold_and_which_collapse() -> None:
     first, *others = robust(attacked, **ATTACKED)
     assert first.text.startswith("Attackers 2: federated accuracy is less than 2.0 points worse with median 0.5 points")
     assert "it collapses (more than half of its lead over zero-shot is lost) with mean 30.0 points" in first.text
-    assert "against the same aggregate at attackers 0, Holm over 2" in first.test
+    assert "against the same aggregate at attackers 0; less than 2.0 points worse, Holm over 2: " in first.test
     assert first.holds
     assert len(others) == 2  # of each aggregate: worse or not
 
@@ -201,7 +224,8 @@ def test_unfinished_studies_say_what_is_there() -> None:
     assert all(one.holds is None for one in robust(lambda at, row, seed: None, **ATTACKED))
     for gone in ("mean", "median"):
         robust(lambda at, row, seed, gone=gone: None if at["aggregate"] == gone else 0.5 + seed / 10, **ATTACKED)
-    half = robust(lambda at, row, seed: None if at["dropout"] and seed == 2 else 0.5, axes={"dropout": [0.0, 0.3]})
+    half = robust(lambda at, row, seed: None if at["dropout"] and seed == 2 else 0.5 + at["dropout"] * seed,
+                  axes={"dropout": [0.0, 0.3]})  # fmt: skip
     assert "2 seeds against" in half[0].test
     assert said(half, "1 of 6 runs").text.endswith("(dropout 0.3, seed 2: federated).")
     assert said(robust(lambda at, row, seed: 0.5 if at["dropout"] else None, axes={"dropout": [0.0, 0.3]}),

@@ -2,7 +2,8 @@
 
 Figures come as {seed: value}. The same seed pairs two runs: same partition, rows and draws, so that differences are taken
 seed by seed and only seeds that both have count. Intervals are of 95 % and tell how the mean would move with other seeds;
-the test rows are the same for all of them. One seed has no spread: then intervals and p are nan, and nothing is claimed.
+with other test rows, too, only where each seed draws its own. One seed has no spread: then intervals and p are nan, and
+nothing is claimed. Nor is it by two seeds with equal differences, as shares of few test rows often are: p is nan.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from scipy import stats
 
 LEVEL = 0.05  # of all tests
+SURE = 3  # seeds without any spread that are taken for a test: two agree by chance too often
 NAN = float("nan")
 _NOISE = 1e-12  # relative: a spread below is rounding, as of 0.3 - 0.1 and 0.4 - 0.2
 
@@ -48,7 +50,7 @@ class Paired:
     """a minus b, seed by seed."""
 
     difference: Interval
-    p: float  # two-sided, of no difference; nan for fewer than two shared seeds
+    p: float  # two-sided, of no difference; nan for fewer than two shared seeds, or two and no spread
     n: int  # shared seeds
 
     @property
@@ -61,8 +63,8 @@ class NonInferior:
     """Whether a is at most `margin` worse than b. The difference is a minus b, whichever way is better."""
 
     difference: Interval
-    p: float  # one-sided, of a being worse than b by the margin or more
-    holds: bool  # p below 5 %; never with one seed
+    p: float  # one-sided, of a being worse than b by the margin or more; nan as of `Paired`
+    holds: bool  # p below 5 %; never without p
     margin: float  # in the metric's unit
     ratio: Interval  # a / b, seed by seed; empty where some b is not above 0
     p_inferior: float = NAN  # one-sided, of a being worse by the margin at most: small where a is clearly worse
@@ -87,14 +89,14 @@ def interval(values: Mapping[int, float]) -> Interval:
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
     """The two-sided paired t test (Student 1908) of a against b, over the seeds of both.
 
-    Without any spread p is what it tends to: 0, or 1 where a and b are equal with every seed.
+    Without any spread over three seeds or more p is what it tends to: 0, or 1 where a and b are equal with every seed.
     """
     apart = _apart(a, b)
     return Paired(interval(apart), 2 * min(_above(apart, 0), _above({s: -d for s, d in apart.items()}, 0)), len(apart))
 
 
 def exceeds(values: Mapping[int, float], threshold: float = 0.0) -> float:
-    """p of the one-sided t test that the mean is above `threshold`; nan for fewer than two seeds."""
+    """p of the one-sided t test that the mean is above `threshold`; nan for fewer than two seeds, or two and no spread."""
     return _above(values, threshold)
 
 
@@ -147,5 +149,7 @@ def _above(values: Mapping[int, float], threshold: float) -> float:
         return NAN
     excess, error = statistics.fmean(values.values()) - threshold, _error(values)
     if error == 0:
+        if len(values) < SURE:
+            return NAN
         return 0.5 if excess == 0 else float(excess < 0)
     return float(stats.t.sf(excess / error, len(values) - 1))

@@ -19,7 +19,7 @@ from fedtailor.study.grid import Study
 from fedtailor.study.measured import Found
 from fedtailor.study.performance import pairs
 from fedtailor.study.points import UNTRAINED, At, Points, named
-from fedtailor.study.wording import Finding, finding, flipped, listed, over, p_value
+from fedtailor.study.wording import Finding, finding, flipped, listed, over, p_of, tests, untested
 
 Spent = tuple[float, float]  # bytes up and down, seconds
 
@@ -184,20 +184,20 @@ def _least(study: Study, points: Points, group: Sequence[Costs]) -> Finding:
     parts = [f"until {goal(study, points)}, {least} needs fewer bytes than {listed(shown)}"] if shown else []
     doubt = f"not shown: that {least}, with the fewest bytes until that target, needs fewer than"
     parts += [f"{doubt} {listed(left)}"] if left else []
-    n = max((ratio.n for ratio, _ in ratios.values()), default=0)
     text = "; ".join(parts) or f"{doubt} another"
-    if n < 2:
-        return finding(points, {}, text, f"none: {over(n)}", None)
-    test = f"paired two-sided t of the logarithm of bytes over {over(n)}, Holm over {len(tested)}: "
-    test += ", ".join(f"{other} {p_value(p)}" for other, (_, p) in ratios.items())
+    if not tests(p for _, p in ratios.values()):
+        return finding(points, {}, text, untested(ratio for ratio, _ in ratios.values()), None)
+    test = f"paired two-sided t of the logarithm of bytes over {over(max(ratio.n for ratio, _ in ratios.values()))}, "
+    test += f"Holm over {tests(p for *_, p in tested)}: "
+    test += ", ".join(f"{other} {p_of(p, ratio)}" for other, (ratio, p) in ratios.items())
     return finding(points, {}, text, test, bool(shown))
 
 
 def _times(told: Interval) -> str:
     """From a logarithm: (3.2 times as many, 95 % interval 2.1 to 4.8)"""
     start = f"{math.exp(told.mean):.2f} times as many"
-    if not told.known:
-        return f"({start})"
+    if not told.known or not told.half:
+        return f"({start}{', with every seed' if told.known else ''})"
     return f"({start}, 95 % interval {math.exp(min(told.low, 50)):.2f} to {math.exp(min(told.high, 50)):.2f})"
 
 

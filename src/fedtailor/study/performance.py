@@ -7,6 +7,7 @@ is none. All else is asked by two-sided paired t tests; methods among each other
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 
 from fedtailor.figures import ROWS, metric_of, number
@@ -20,10 +21,13 @@ from fedtailor.study.wording import (
     finding,
     listed,
     over,
+    p_of,
     p_value,
     parted,
     percent,
     seeds_of,
+    tests,
+    untested,
 )  # fmt: skip
 
 OTHERS = ("alone", OWN, "zero_shot", "few_shot")
@@ -59,8 +63,9 @@ def close(study: Study, points: Points, at: At) -> Finding:
     shares = f", {percent(found.ratio)} of it" if found.ratio.n else ""
     numbers = (f"{label} {number(figures[0])} against {number(figures[1])}{shares}, "
                f"{comparative(found.difference, points.metric, points.better)}")
-    if found.n == 1:
-        return finding(points, at, f"not shown: that {claim}; with one seed {numbers}", "none: one seed", None)
+    if math.isnan(found.p):
+        seed = "with one seed " if found.n == 1 else ""
+        return finding(points, at, f"not shown: that {claim}; {seed}{numbers}", untested([found.difference]), None)
     test = f"paired one-sided t of non-inferiority over {seeds_of(found.difference)}, margin {margin}, {p_value(found.p)}"
     if found.holds:
         return finding(points, at, f"{claim}: {numbers}", test, True)
@@ -85,10 +90,11 @@ def compared(
     if not found.n:
         return f"not shown: that {one} differs from {other}, which has no seed in common with it", "none", None
     apart = comparative(found.difference, points.metric, points.better)
-    if found.n == 1:
-        return f"not shown: that {one} differs from {other}; with one seed it is {apart}", "none: one seed", None
+    if math.isnan(p):
+        seed = "with one seed " if found.n == 1 else ""
+        return f"not shown: that {one} differs from {other}; {seed}it is {apart}", untested([found.difference]), None
     test = f"paired two-sided t over {seeds_of(found.difference)}, {p_value(p)}{f' (Holm over {of})' if of > 1 else ''}"
-    if p >= LEVEL:
+    if not p < LEVEL:
         return f"not shown: that {one} differs from {other}; it is {apart}", test, False
     size, word, bracket = parted(found.difference, points.metric, points.better)
     return f"{one} is {word} than {other} by {size}{bracket}", test, True
@@ -105,7 +111,7 @@ def _methods(points: Points, rest: At, group: list[At]) -> Iterator[Finding]:
     """Those with a difference, a sentence each; then all the others in one."""
     values = {str(at["method"]): points.values(at, "federated") for at in group}
     tested = pairs({name: told for name, told in values.items() if told})
-    of = sum(found.n > 1 for _, _, found, _ in tested)
+    of = tests(p for *_, p in tested)
     left = []
     for a, b, found, p in tested:
         if p < LEVEL:
@@ -118,10 +124,10 @@ def _methods(points: Points, rest: At, group: list[At]) -> Iterator[Finding]:
            else f"{a} from {b}" for a, b, found, _ in left]  # fmt: skip
     text = f"not shown: a difference of method {listed(one)}"
     if of:
-        ps = ", ".join(f"{a}, {b}: {p_value(p)}" for a, b, found, p in left if found.n > 1)
+        ps = ", ".join(f"{a}, {b}: {p_of(p, found.difference)}" for a, b, found, p in left if found.n > 1)
         counts = sorted({found.n for _, _, found, _ in left})
         seeds = over(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
         yield finding(points, rest, text, f"paired two-sided t over {seeds}, Holm over {of}: {ps}", False)
     else:
-        yield finding(points, rest, text, f"none: {over(max(found.n for _, _, found, _ in left))}", None)
+        yield finding(points, rest, text, untested(found.difference for _, _, found, _ in left), None)
 

@@ -14,7 +14,19 @@ from fedtailor.study.compare import LEVEL, NAN, Paired, exceeds, holm, interval,
 from fedtailor.study.grid import Study, Value
 from fedtailor.study.performance import pairs
 from fedtailor.study.points import At, Points, named, ordered
-from fedtailor.study.wording import Finding, amount, comparative, finding, flipped, listed, over, p_value, with_interval
+from fedtailor.study.wording import (
+    Finding,
+    amount,
+    comparative,
+    finding,
+    flipped,
+    listed,
+    over,
+    p_of,
+    tests,
+    untested,
+    with_interval,
+)  # fmt: skip
 
 Values = Mapping[int, float]  # by seed
 
@@ -90,12 +102,14 @@ def _line(study: Study, points: Points, rest: At) -> Iterator[Finding]:
     size = comparative(apart, points.metric, points.better)
     begin = f"from {number(start)} at {line} {against}"
     at_worst = f"at {line} {worst.value} it is {size}, {begin}"
-    if max(drop.loss.n for drop in found) == 1:
-        text = f"not shown: that {who} gets worse along {line}; with one seed, and at worst, {at_worst}"
-        yield finding(points, rest, text, "none: one seed", None)
+    if not tests(drop.p for drop in found):
+        seed = "with one seed, and " if max(drop.loss.n for drop in found) == 1 else ""
+        text = f"not shown: that {who} gets worse along {line}; {seed}at worst, {at_worst}"
+        yield finding(points, rest, text, untested(drop.loss.difference for drop in found), None)
         return
-    setting = f"{counted([drop.loss for drop in found])} against {line} {against}, Holm over {len(found)}"
-    test = f"paired two-sided t over {setting}: " + ", ".join(f"{p_value(drop.p)} at {drop.value}" for drop in found)
+    setting = f"{counted([drop.loss for drop in found])} against {line} {against}, Holm over {tests(d.p for d in found)}"
+    ps = ", ".join(f"{p_of(drop.p, drop.loss.difference)} at {drop.value}" for drop in found)
+    test = f"paired two-sided t over {setting}: {ps}"
     worse = [drop.value for drop in found if drop.p < LEVEL and drop.loss.difference.mean > 0]
     raised = [str(drop.value) for drop in found if drop.p < LEVEL and drop.loss.difference.mean < 0]
     rise = f"; it is better at {line} {listed(raised)}" if raised else ""
@@ -114,7 +128,7 @@ def _kept(study: Study, points: Points, rest: At, found: list[Drop], setting: st
     """Where at most the margin is lost."""
     line, margin = points.part.line, amount(study.margin, points.metric)
     test = f"paired one-sided t of non-inferiority over {setting}, margin {margin}: "
-    test += ", ".join(f"{p_value(drop.kept)} at {drop.value}" for drop in found)
+    test += ", ".join(f"{p_of(drop.kept, drop.loss.difference)} at {drop.value}" for drop in found)
     fine = [drop for drop in found if drop.kept < LEVEL]
     claim = f"{ROWS.get(points.main, points.main)} {metric_of(points.metric).label} is less than {margin} worse"
     if not fine:
@@ -153,12 +167,13 @@ def _methods(points: Points) -> Iterator[Finding]:
         each = listed([f"{m} {with_interval(by[m][hardest], points.metric)}" for m in methods])
         least = min(losses, key=lambda m: statistics.fmean(losses[m].values()))
         where = f"at {line} {hardest}, where methods lose most on average"
-        if all(found.n < 2 for _, _, found, _ in tested):
+        of = tests(p for *_, p in tested)
+        if not of:
             yield finding(points, rest, f"not shown: that one method loses less than another {where}: {each}",
-                         f"none: {over(max(found.n for _, _, found, _ in tested))}", None)  # fmt: skip
+                          untested(found.difference for _, _, found, _ in tested), None)  # fmt: skip
             continue
-        test = f"paired two-sided t of drops over {counted([found for _, _, found, _ in tested])}, Holm over {len(tested)}: "
-        test += ", ".join(f"{a}, {b}: {p_value(p)}" for a, b, _, p in tested)
+        test = f"paired two-sided t of drops over {counted([found for _, _, found, _ in tested])}, Holm over {of}: "
+        test += ", ".join(f"{a}, {b}: {p_of(p, found.difference)}" for a, b, found, p in tested)
         beaten = [b if least == a else a for a, b, _, p in tested if least in (a, b) and p < LEVEL]
         others = [m for m in losses if m != least and m not in beaten]
         if beaten:
@@ -193,12 +208,14 @@ def _survivors(
 ) -> Finding:
     margin, label = amount(study.margin, points.metric), metric_of(points.metric).label
     each = {name: f"{name} {with_interval(interval(loss), points.metric)}" for name, loss in losses.items()}
-    if max(len(loss) for loss in losses.values()) == 1:
-        text = f"not shown: with which aggregates {label} is less than {margin} worse; with one seed it is by "
-        return finding(points, rest, text + listed(list(each.values())), "none: one seed", None)
+    lost = {name: interval(loss) for name, loss in losses.items()}
     kept = dict(zip(losses, holm([exceeds(_negative(loss), -study.margin) for loss in losses.values()]), strict=True))
-    beyond = [lost_of(loss, halves[name][0], "higher") for name, loss in losses.items()]
-    gone = dict(zip(losses, holm([exceeds(excess) for excess in beyond]), strict=True))
+    if not tests(kept.values()):
+        seed = "with one seed " if max(one.n for one in lost.values()) == 1 else ""
+        text = f"not shown: with which aggregates {label} is less than {margin} worse; {seed}it is by "
+        return finding(points, rest, text + listed(list(each.values())), untested(lost.values()), None)
+    beyond = {name: interval(lost_of(loss, halves[name][0], "higher")) for name, loss in losses.items()}
+    gone = dict(zip(losses, holm([exceeds(excess.values) for excess in beyond.values()]), strict=True))
     fine = [name for name in losses if kept[name] < LEVEL]
     fallen = [name for name in losses if gone[name] < LEVEL and name not in fine]
     more = dict(zip(losses, holm([exceeds(loss, study.margin) for loss in losses.values()]), strict=True))
@@ -211,10 +228,11 @@ def _survivors(
     said = [f"{ROWS.get(points.main, points.main)} {label} {'; it '.join(parts)}"] if parts else []
     said += [f"not shown whether {label} is less than {margin} worse: {listed(left)}"] if left else []
     counts = counted([Paired(interval(loss), NAN, len(loss)) for loss in losses.values()])
-    test = f"paired one-sided t over {counts} against {against}, Holm over {len(losses)}; less than {margin} worse: "
-    test += ", ".join(f"{name} {p_value(p)}" for name, p in kept.items())
-    test += f"; more than {margin} worse: " + ", ".join(f"{name} {p_value(p)}" for name, p in more.items())
-    test += "; collapse: " + ", ".join(f"{name} {p_value(p)}" for name, p in gone.items())
+    test = f"paired one-sided t over {counts} against {against}"
+    for asked, ps, excess in ((f"less than {margin} worse", kept, lost), (f"more than {margin} worse", more, lost),
+                              ("collapse", gone, beyond)):  # fmt: skip
+        each_p = ", ".join(f"{name} {p_of(p, excess[name])}" for name, p in ps.items())
+        test += f"; {asked}, Holm over {tests(ps.values())}: {each_p}"
     return finding(points, rest, "; ".join(said), test, bool(fine))
 
 

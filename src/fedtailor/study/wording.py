@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedtailor.figures import number
@@ -13,6 +13,7 @@ from fedtailor.study.points import At, Points, named
 
 # Shares of 1 whose differences are said in points of 0.01.
 SHARES = ("accuracy", "macro_f1", "exact_match", "recall_at_5", "share of quality")
+NO_SPREAD = ", no spread between them"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,23 @@ def over(n: int) -> str:
 
 def seeds_of(difference: Interval) -> str:
     """5 seeds; and a warning where they are all alike: then a t test has no spread to go by."""
-    return over(difference.n) + (", no spread between them" if difference.half == 0 else "")
+    return over(difference.n) + (NO_SPREAD if difference.half == 0 else "")
+
+
+def untested(differences: Iterable[Interval]) -> str:
+    """Why there is no p: none: one seed; none: 2 seeds, no spread between them."""
+    n = max((one.n for one in differences), default=0)
+    return f"none: {over(n)}{NO_SPREAD if n > 1 else ''}"
+
+
+def p_of(p: float, difference: Interval) -> str:
+    """One of several p values, with the same warning as in `seeds_of`: p < .001 (no spread between them)"""
+    return p_value(p) + (f" ({NO_SPREAD.lstrip(', ')})" if difference.half == 0 else "")
+
+
+def tests(ps: Iterable[float]) -> int:
+    """How many of these are tests: what Holm's adjustment counts."""
+    return sum(not math.isnan(p) for p in ps)
 
 
 def listed(words: Sequence[str]) -> str:
