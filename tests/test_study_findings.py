@@ -210,6 +210,30 @@ def test_without_a_point_of_no_attackers_mean_is_the_reference() -> None:
     assert "mean" not in said(told, "Attackers 1: federated accuracy is more").text  # mean there is the reference itself
 
 
+def test_how_often_a_backdoor_works_is_told_beside_the_accuracy() -> None:
+    """Accuracy is untouched; the trigger brings its label about in 0.9, 0.95 and 1 of the rows with mean, never with median.
+    Half of the interval: 4.302653 x 0.05 / sqrt 3 = 0.124."""
+
+    def struck(at: Mapping[str, Any], row: str, seed: int) -> dict[str, Any]:
+        success = {"attack_success": accuracy((0.9 + 0.05 * seed) * (at["aggregate"] == "mean"))["accuracy"]}
+        return {**accuracy(0.9), **(success if at["attackers"] and row == "federated" else {})}
+
+    told = said(robust(struck, **ATTACKED), "attack success")
+    assert told.text == (
+        "Attackers 2: federated attack success, of rows with the trigger and lower is better, is "
+        "0.950 (95 % interval 0.826 to 1.074) with aggregate mean and 0.000 (with every seed) with aggregate median."
+    )
+    assert (told.test, told.holds) == ("none: means over 3 seeds", None)
+    one = study({"name": "hard", **{k: v for k, v in ATTACKED.items() if k != "choice"}}, choice=ATTACKED["choice"])
+    (table,) = [table for table in tables(one, found(one, struck)) if table.name == "hard-attack_success"]
+    assert table.head == ("aggregate, attackers", "federated")
+    assert [str(row[1]) for row in table.body] == ["0.950 ±0.124", "0.000 ±0.000"]
+    assert "attack success, lower is better" in table.note
+    itself = robust(struck, **ATTACKED, metric="attack_success")
+    assert not any("with the trigger" in one.text for one in itself)
+    assert not any("attack success" in one.text for one in robust(attacked, **ATTACKED))
+
+
 def test_which_method_loses_least() -> None:
     """lora loses 0.1, prefix 0.3 at the value where both lose most."""
     steps = {"lora": 0.1, "prefix": 0.3}

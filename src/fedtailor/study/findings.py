@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from fedtailor.figures import ROWS
 from fedtailor.study import efficiency, performance, robustness
 from fedtailor.study.grid import Study
 from fedtailor.study.measured import Found
-from fedtailor.study.points import Points, gather
-from fedtailor.study.wording import Finding, finding, listed
+from fedtailor.study.points import BACKDOOR, Points, gather, named
+from fedtailor.study.wording import Finding, finding, listed, over, with_interval
 
 __all__ = ["Finding", "findings"]
 
@@ -29,8 +30,24 @@ def findings(study: Study, found: Sequence[Found]) -> list[Finding]:
         tells = TOLD[part.asks] if costs_apart or part.asks != "performance" else TOLD["performance"] + TOLD["efficiency"]
         for tell in tells if points.found else ():
             said += tell(study, points)
+        said += _backdoors(points)
         said += _missing(points)
     return said
+
+
+def _backdoors(points: Points) -> Iterator[Finding]:
+    """How often a backdoor's trigger works, where the part is judged by something else: a sentence for each attack."""
+    struck = points.told_in(BACKDOOR)
+    if points.metric == BACKDOOR or not struck.found:
+        return
+    by = "aggregate" if "aggregate" in points.part.axes else points.part.line
+    for row in struck.rows:
+        for rest, group in struck.apart(by):
+            there = [(named({by: at[by]}) if by else "", struck.interval(at, row)) for at in group]
+            told = [with_interval(value, BACKDOOR) + (f" with {name}" if name else "") for name, value in there if value.n]
+            text = f"{ROWS.get(row, row)} attack success, of rows with the trigger and lower is better, is {listed(told)}"
+            if told:
+                yield finding(points, rest, text, f"none: means over {over(max(value.n for _, value in there))}", None)
 
 
 def _missing(points: Points) -> list[Finding]:

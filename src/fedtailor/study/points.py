@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fedtailor.study.measured import Found
 At = Mapping[str, Value]  # axis -> value
 Key = tuple[tuple[str, Value], ...]
 OWN = "alone.own"  # each silo's own model on its own rows, of the row "alone"
+BACKDOOR = "attack_success"  # the metric that a backdoor has beside the others
 UNTRAINED = ("zero_shot", "few_shot", "hand_written", "untrained")
 
 
@@ -68,6 +69,13 @@ class Points:
         for at in self.all:
             groups.setdefault(key({axis: value for axis, value in at.items() if axis not in axes}), []).append(at)
         return [(dict(rest), points) for rest, points in groups.items()]
+
+    def told_in(self, metric: str) -> Points:
+        """The same with another metric, of the points and rows that have it; none of those need be missing."""
+        told = {place: {s: one for s, one in seeds.items() if metric in one.figures} for place, seeds in self.found.items()}
+        there = {place: seeds for place, seeds in told.items() if seeds}
+        points = tuple(one for one in self.all if any(place == key(one) for place, _ in there))
+        return replace(self, metric=metric, found=there, all=points, asked=())
 
     @cached_property
     def missing(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from fedtailor.study.compare import LEVEL, Interval, non_inferior
 from fedtailor.study.efficiency import Costs
 from fedtailor.study.grid import Study, Value
 from fedtailor.study.measured import Found
-from fedtailor.study.points import UNTRAINED, At, Points, gather, key, named
+from fedtailor.study.points import BACKDOOR, UNTRAINED, At, Points, gather, key, named
 from fedtailor.study.robustness import drops
 from fedtailor.study.wording import over
 
@@ -58,6 +58,7 @@ def tables(study: Study, found: Sequence[Found]) -> list[Table]:
         else:
             told.append(_quality(study, points))
             told += _costs(study, points)
+        told += _backdoors(points)
     return told
 
 
@@ -128,6 +129,19 @@ def _quality(study: Study, points: Points) -> Table:
             body.append((Entry(_where(at) or metric_of(points.metric).label), *cells))
     head = (", ".join(points.part.axes), *(ROWS.get(row, row) for row in points.rows), *(["of centralized"] if share else []))
     return Table(points.part.name, points.part.name, _title(points), head, tuple(body), _note(points))
+
+
+def _backdoors(points: Points) -> Iterator[Table]:
+    """How often a backdoor's trigger works, where the part is judged by something else."""
+    struck = points.told_in(BACKDOOR)
+    if points.metric == BACKDOOR or not struck.rows:
+        return
+    body = [(Entry(_where(at) or metric_of(BACKDOOR).label), *(spread(struck.interval(at, row)) for row in struck.rows))
+            for at in struck.all]  # fmt: skip
+    head = (", ".join(points.part.axes), *(ROWS.get(row, row) for row in struck.rows))
+    note = f"Of rows with the trigger, where they are not of the label that it is to bring about. {_note(struck)}"
+    name, title = points.part.name, f"{_title(points)}: attack success"
+    yield Table(name, f"{name}-{BACKDOOR}", title, head, tuple(body), note)
 
 
 def _costs(study: Study, points: Points) -> Iterator[Table]:
