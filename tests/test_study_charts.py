@@ -61,6 +61,22 @@ def test_one_seed_has_no_interval_and_says_so(drawn: dict[str, Chart]) -> None:
     assert "One seed (0), so no intervals." in drawn["once/along-dropout"].caption
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (lambda at, seed: "one", "the seeds; all on the same test rows."),
+        (lambda at, seed: f"of {seed}", "the seeds; test rows are drawn anew by seed."),
+        (lambda at, seed: f"of {at['method']}", "the seeds; test rows differ between points, not by seed alone."),
+        (lambda at, seed: "one" if seed else "", "the seeds."),
+    ],
+)
+def test_the_same_test_rows_are_claimed_only_where_they_are(rows: Any, said: str) -> None:
+    one = studies.study({"name": "p", "asks": "performance", "axes": {"method": ["prefix", "lora"]}}, seeds=(0, 1))
+    found = studies.found(one, lambda at, row, seed: {**studies.accuracy(0.5), "test_sha256": rows(at, seed)})
+    (chart,) = charts.charts(one, found)
+    assert said in chart.caption
+
+
 def test_what_is_missing_is_counted(drawn: dict[str, Chart]) -> None:
     assert "3 of 48 results are missing and left out." in drawn["skew/along-alpha"].caption
     assert "missing" not in drawn["methods/quality"].caption

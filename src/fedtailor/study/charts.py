@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from fedtailor.figures import metric_of, number
-from fedtailor.study import costs, marks, panels
+from fedtailor.study import costs, efficiency, marks, panels
 from fedtailor.study.compare import Interval, interval
 from fedtailor.study.grid import Part, Study
 from fedtailor.study.measured import Found
@@ -158,6 +158,20 @@ def machine(found: Sequence[Found]) -> str:
     return f"Machine: {marks.plain('; '.join(said), 200)}." if said else ""
 
 
+def tested(found: Sequence[Found]) -> str:
+    """Whether all these have the same test rows, as the end of a sentence; "" where one does not tell."""
+    of: dict[int, set[str]] = {}
+    for one in found:
+        of.setdefault(one.seed, set()).add(efficiency.tested_on(one))
+    each = set().union(*of.values())
+    if "" in each:
+        return ""
+    if len(each) == 1:
+        return "; all on the same test rows"
+    alike = all(len(some) == 1 for some in of.values())
+    return "; test rows are drawn anew by seed" if alike else "; test rows differ between points, not by seed alone"
+
+
 def _performance(view: View) -> Iterator[Chart]:
     axes = view.axes
     by = next((axis for axis in axes if axis.name == "method"), None) or max(
@@ -172,7 +186,7 @@ def _performance(view: View) -> Iterator[Chart]:
     lines.sort(key=lambda line: groups.index(line.group))
     looks = marks.looks_of(view.rows)
     rows = {row: (label_of(row), looks[row]) for row in view.rows}
-    said = f"{BARS}, small dots the seeds; all on the same test rows"
+    said = f"{BARS}, small dots the seeds{tested(view.found)}"
     shown_at = [x for line in lines for value in line.rows.values() for x in panels.extent(value)]
     span = min(shown_at), max(shown_at)
     pages = _pages(lines, int(MOST_INCHES / panels.depth(len(rows))))
