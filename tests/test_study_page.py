@@ -76,6 +76,16 @@ def test_nothing_finished_is_a_page_that_says_so(tmp_path: Path) -> None:
     assert list((tmp_path).rglob("*.svg")) == []
 
 
+def test_nothing_yet_is_said_only_where_there_is_no_figure(tmp_path: Path) -> None:
+    """A part without a federated row has a table, a chart, and no sentence."""
+    parts = ({"name": "p", "asks": "performance", "rows": ["centralized"], "axes": {"method": ["prefix", "lora"]}},
+             {"name": "e", "asks": "efficiency", "axes": {"method": ["lora"]}})  # fmt: skip
+    one = studies.study(*parts)
+    text = text_of(page.write(one, studies.found(one, lambda at, row, seed: 0.8 + 0.1 * seed), tmp_path))
+    assert "No sentence; the figures are below." in text
+    assert "Nothing yet." not in text
+
+
 def test_what_is_missing_or_failed_is_named(tmp_path: Path) -> None:
     one = small()
     lost = next(cell for cell in one.cells if dict(cell.at) == {"dropout": 0.5} and cell.seed == 1)
