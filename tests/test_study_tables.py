@@ -57,6 +57,18 @@ def test_of_costs() -> None:
     assert shown(compute)[0] == ["prefix, federated", "1.8 k", "700 MB"]
 
 
+def test_flops_are_counted_without_attention() -> None:
+    one = study(MAIN, seeds=(0,))
+    told = found(one, given_main)
+    assert "counted" not in tables(one, told)[2].note
+    for each in told:
+        object.__setattr__(each, "flops", {"estimated_step": 400.0, "measured_step": 300, "steps": 10})
+    compute = tables(one, told)[2]
+    assert compute.head[2:4] == ("FLOPs, estimated", "FLOPs, counted")
+    assert shown(compute)[0][2:4] == ["4.0 k", "3.0 k"]
+    assert "of 2 steps of 3 silos at most, attention apart, times all steps" in compute.note
+
+
 def test_a_target_that_is_not_reached() -> None:
     one = study({**MAIN, "rows": ["federated"]}, seeds=(0, 1))
     told = found(one, lambda at, row, seed: {**given_main(at, row, seed), "rounds": logged(

@@ -41,7 +41,7 @@ class Costs:
     memory: Interval  # MB, the peak of the process
     energy: Interval  # Wh
     energy_how: str  # how that is known
-    flops: Mapping[str, Interval]  # estimated, measured: of all local steps
+    flops: Mapping[str, Interval]  # estimated (with attention), measured (counted, without it): of all local steps
     until: Mapping[int, Spent | None]  # by seed, until the target; None: never reached
 
     @property
@@ -205,7 +205,8 @@ def _estimated(points: Points, mine: Sequence[Costs]) -> Iterator[Finding]:
     both = [one for one in mine if one.flops["estimated"].mean > 0 and one.flops["measured"].mean > 0]
     if both:
         shares = [one.flops["estimated"].mean / one.flops["measured"].mean for one in both]
-        text = f"FLOPs as estimated are {min(shares):.2f} to {max(shares):.2f} of those measured, over {len(both)} points"
+        text = f"FLOPs as estimated are {min(shares):.2f} to {max(shares):.2f} of those counted, over {len(both)} points"
+        text += "; attention is in the estimate alone"
         yield finding(points, {}, text, "none: counts", None)
 
 

@@ -15,6 +15,7 @@ from fedtailor.figures import MISSING, ROWS, clean, duration, metric_of, number,
 from fedtailor.study import efficiency
 from fedtailor.study.compare import LEVEL, Interval, non_inferior
 from fedtailor.study.efficiency import Costs
+from fedtailor.study.flops import SILOS, STEPS
 from fedtailor.study.grid import Study, Value
 from fedtailor.study.measured import Found
 from fedtailor.study.points import BACKDOOR, UNTRAINED, At, Points, gather, key, named
@@ -176,7 +177,7 @@ def _computed(points: Points, told: Sequence[Costs], first: str) -> Table:
     columns: list[tuple[str, Callable[[Costs], Entry]]] = [
         ("trained parameters", lambda one: plain(one.parameters, count)),
         ("FLOPs, estimated", lambda one: plain(one.flops["estimated"], count)),
-        ("FLOPs, measured", lambda one: plain(one.flops["measured"], count)),
+        ("FLOPs, counted", lambda one: plain(one.flops["measured"], count)),
         ("peak memory", lambda one: plain(one.memory, lambda mb: size(mb * 1e6))),
         ("energy", lambda one: plain(one.energy, lambda wh: f"{number(wh)} Wh")),
     ]
@@ -184,7 +185,13 @@ def _computed(points: Points, told: Sequence[Costs], first: str) -> Table:
     kept = [(title, column) for title, column in cells if any(entry.exact and entry.exact.n for entry in column)]
     body = tuple((Entry(_of(one)), *(column[i] for _, column in kept)) for i, one in enumerate(told))
     how = ", ".join(dict.fromkeys(one.energy_how for one in told if one.energy_how))
-    note = "Means over seeds. FLOPs: of all local steps of all silos. Memory: of the process, all silos in one. "
+    note = "Means over seeds. FLOPs: of all local steps of all silos; "
+    if any(one.flops["measured"].n for one in told):
+        note += f"counted: matrix products as torch dispatches them, of {STEPS} steps of {SILOS} silos at most, attention apart, "
+        note += "times all steps; estimated: from sizes, with attention. "
+    else:
+        note += "estimated from sizes. "
+    note += "Memory: of the process, all silos in one. "
     note += (f"Energy: {how}. " if how else "") + _counts(points)
     name = points.part.name
     return Table(name, f"{name}-compute", f"{_title(points)}: what training computes", (first, *(t for t, _ in kept)), body, note)
