@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtailor.study.efficiency import costs, pareto, targets, told
+from fedtailor.study.efficiency import coarse, costs, pareto, targets, told
 from fedtailor.study.points import gather
 from studies import accuracy, found, logged, study
 
@@ -87,6 +87,28 @@ def test_what_is_said() -> None:
     never = list(told(one, gather(one, one.parts[0], found(one, lambda at, row, seed: {
         **figures(at, row, seed), **({"rounds": logged((1, 1, 0.1))} if row == "federated" else {})}))))  # fmt: skip
     assert any("method prefix never, in 3 seeds" in said.text for said in never)
+
+
+def test_how_finely_the_target_is_known_is_said() -> None:
+    """Validated after rounds 2, 4 and 5: whether it was reached in between is not known."""
+    log = logged((1, 1, None), (1, 1, None), (1, 1, 0.5), (1, 1, None), (1, 1, 0.6), (1, 1, 0.7))
+    one = study(PART, seeds=(0, 1, 2))
+    points = gather(one, one.parts[0], found(one, lambda at, row, seed: {
+        **figures(at, row, seed), "rounds": log, "bytes_up": 5 + seed, "bytes_down": 5, "best_round": 5}))  # fmt: skip
+    assert coarse(points, costs(points, 0.95)) == "validated every 2 rounds, so known no finer"
+    _, reached, least = told(one, points)
+    assert reached.text.endswith("; validated every 2 rounds, so known no finer.")
+    assert least.text.endswith("; validated every 2 rounds, so known no finer.")
+
+
+def test_nothing_is_sent_where_all_rows_are_in_one_place() -> None:
+    one = study({**PART, "rows": ["centralized"]}, seeds=(0, 1, 2))
+    points = gather(one, one.parts[0], found(one, figures))
+    prefix, _ = costs(points, 0.95)
+    assert [told.n for told in (prefix.up_each, prefix.down_each, prefix.up, prefix.down, prefix.bytes)] == [0] * 5
+    assert (prefix.spent(0).n, prefix.spent(1).mean) == (0, 3)
+    (reached,) = told(one, points)  # no front and no ratio of bytes
+    assert reached.text.endswith("is reached by method prefix with 3.0 s; method lora with 3.0 s.")
 
 
 def test_pareto_by_hand() -> None:

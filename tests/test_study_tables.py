@@ -52,7 +52,11 @@ def test_of_costs() -> None:
     _, cost, compute = tables(one, found(one, given_main))
     told = {row[0]: row for row in shown(cost)}
     assert told["prefix, federated"] == ["prefix, federated", "500 B", "500 B", "2.1 kB", "1.5 min", "2.1 kB", "3.0 s", "yes"]
-    assert told["lora, centralized"][-1] == "–"
+    assert told["lora, centralized"] == ["lora, centralized", "–", "–", "–", "1.5 min", "–", "3.0 s", "–"]  # nothing is sent
+    assert "– for bytes: nothing crosses a wire there." in cost.note
+    assert "validated" not in cost.note
+    (first, *_) = csv.DictReader(io.StringIO(as_csv(cost)))
+    assert first["bytes to target seed 0"] == "2100.0"
     assert compute.head == ("method, row", "trained parameters", "peak memory")  # no column of what is not known
     assert shown(compute)[0] == ["prefix, federated", "1.8 k", "700 MB"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedtailor.figures import duration, is_number, metric_of, size
 from fedtailor.study import efficiency, marks
 from fedtailor.study.panels import Curves, Level, Spot
-from fedtailor.study.points import At
+from fedtailor.study.points import UNSENT, UNTRAINED, At
 from fedtailor.study.series import ROW, Dimension, label_of, split, told
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class Cost:
 BYTES = Cost("bytes", "bytes up and down, all silos together (logarithmic)", size)
 SECONDS = Cost("seconds", "seconds of the whole run (logarithmic)", duration)
 COSTS = (BYTES, SECONDS)
-# Rows without a federation: what crosses the wire there is how they are run, and no cost of theirs.
-LEVELS = ("zero_shot", "few_shot", "hand_written", "untrained", "alone", "alone.own", "centralized")
+# Rows without a federation: what a run of them moves is how it is run, and no cost of theirs.
+LEVELS = (*UNTRAINED, *UNSENT)
 
 
 def amount(one: Found, cost: Cost) -> float | None:

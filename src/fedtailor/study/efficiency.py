@@ -7,6 +7,7 @@ are compared. Bytes are those of training, all silos and all rounds together; ev
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from fedtailor.study.compare import LEVEL, Interval, interval
 from fedtailor.study.grid import Study
 from fedtailor.study.measured import Found
 from fedtailor.study.performance import pairs
-from fedtailor.study.points import UNTRAINED, At, Points, named
+from fedtailor.study.points import UNSENT, UNTRAINED, At, Points, named
 from fedtailor.study.wording import Finding, finding, flipped, listed, over, p_of, tests, untested
 
 Spent = tuple[float, float]  # bytes up and down, seconds
@@ -26,7 +27,8 @@ Spent = tuple[float, float]  # bytes up and down, seconds
 
 @dataclass(frozen=True)
 class Costs:
-    """One trained row at one point of the grid, over its seeds. An interval without values: not known."""
+    """One trained row at one point of the grid, over its seeds. An interval without values: not known, or there is nothing
+    that could be: no bytes of rows that are trained where they are."""
 
     at: At
     row: str
@@ -49,7 +51,9 @@ class Costs:
         return named(self.at) or ROWS.get(self.row, self.row)
 
     def spent(self, what: int) -> Interval:
-        """Bytes (0) or seconds (1) until the target, of the seeds that reach it."""
+        """Bytes (0; none where nothing is sent) or seconds (1) until the target, of the seeds that reach it."""
+        if what == 0 and self.row in UNSENT:
+            return interval({})
         return interval({seed: told[what] for seed, told in self.until.items() if told is not None})
 
     @property
@@ -107,6 +111,14 @@ def until(one: Found, metric: str, over: str, target: float, better: str) -> Spe
     return None
 
 
+def coarse(points: Points, group: Sequence[Costs]) -> str:
+    """How finely it is known when the target is reached: "validated every 8 rounds", by the widest gap; "" for every round."""
+    logs = [one.rounds for each in group for one in points.of(each.at, each.row).values()]
+    tried = [[0, *(entry["round"] for entry in log if entry.get("val"))] for log in logs]
+    gap = max((later - earlier for rounds in tried for earlier, later in itertools.pairwise(rounds)), default=0)
+    return f"validated every {gap} rounds, so known no finer" if gap > 1 else ""
+
+
 def pareto(points: Sequence[tuple[float, float]], better: str = "higher") -> list[int]:
     """Of (cost, quality) pairs, the places of those that no other beats: none is as good in both and better in one.
 
@@ -135,13 +147,14 @@ def told(study: Study, points: Points) -> Iterator[Finding]:
     """Of the rows that the part is about: which are not beaten, what the target costs, and who needs least."""
     mine = [one for one in costs(points, study.target) if one.row == points.main]
     for group in comparable(points, mine):
-        if len(group) > 1 and points.better:
+        sent = points.main not in UNSENT
+        if len(group) > 1 and points.better and sent:
             yield _front(points, group)
         aimed = [one for one in group if one.until]
         if aimed:
             yield _reached(study, points, aimed)
         sure = [one for one in aimed if not one.never]
-        if len(sure) > 1:
+        if len(sure) > 1 and sent:
             yield _least(study, points, sure)
     yield from _estimated(points, mine)
 
@@ -159,12 +172,13 @@ def _reached(study: Study, points: Points, group: Sequence[Costs]) -> Finding:
     for one in group:
         if one.never < len(one.until):
             moved, took = one.spent(0), one.spent(1)
-            in_some = f" (in {moved.n} of {len(one.until)} seeds)" if one.never else ""
-            parts.append(f"{one.name} with {size(moved.mean)} and {duration(took.mean)}{in_some}")
+            in_some = f" (in {took.n} of {len(one.until)} seeds)" if one.never else ""
+            sent = f"{size(moved.mean)} and " if moved.n else ""
+            parts.append(f"{one.name} with {sent}{duration(took.mean)}{in_some}")
         else:
             parts.append(f"{one.name} never, in {over(one.never)}")
-    start = f"{goal(study, points)} is reached by "
-    return finding(points, {}, start + "; ".join(parts), f"none: means over {over(max(len(one.until) for one in group))}", None)
+    text = f"{goal(study, points)} is reached by " + "; ".join([*parts, *filter(None, [coarse(points, group)])])
+    return finding(points, {}, text, f"none: means over {over(max(len(one.until) for one in group))}", None)
 
 
 def goal(study: Study, points: Points) -> str:
@@ -184,7 +198,7 @@ def _least(study: Study, points: Points, group: Sequence[Costs]) -> Finding:
     parts = [f"until {goal(study, points)}, {least} needs fewer bytes than {listed(shown)}"] if shown else []
     doubt = f"not shown: that {least}, with the fewest bytes until that target, needs fewer than"
     parts += [f"{doubt} {listed(left)}"] if left else []
-    text = "; ".join(parts) or f"{doubt} another"
+    text = "; ".join([*(parts or [f"{doubt} another"]), *filter(None, [coarse(points, group)])])
     if not tests(p for _, p in ratios.values()):
         return finding(points, {}, text, untested(ratio for ratio, _ in ratios.values()), None)
     test = f"paired two-sided t of the logarithm of bytes over {over(max(ratio.n for ratio, _ in ratios.values()))}, "
@@ -220,13 +234,16 @@ def _costs(points: Points, at: At, row: str, goals: Mapping[tuple[str, int], flo
     def cost(name: str) -> Interval:
         return of(lambda one: one.figures.get(name))
 
+    def sent(told: Interval) -> Interval:
+        return interval({}) if row in UNSENT else told
+
     aims = {seed: goals[place] for seed, one in seeds.items() if one.rounds and (place := (tested_on(one), seed)) in goals}
     how = dict.fromkeys(str(one.figures["energy_how"]) for one in seeds.values() if one.figures.get("energy_how"))
     return Costs(
         at, row, points.interval(at, row),
-        up_each=of(lambda one: each(one, "bytes_up")), down_each=of(lambda one: each(one, "bytes_down")),
-        up=cost("bytes_up"), down=cost("bytes_down"),
-        bytes=of(lambda one: _sum(one.figures.get("bytes_up"), one.figures.get("bytes_down"))),
+        up_each=sent(of(lambda one: each(one, "bytes_up"))), down_each=sent(of(lambda one: each(one, "bytes_down"))),
+        up=sent(cost("bytes_up")), down=sent(cost("bytes_down")),
+        bytes=sent(of(lambda one: _sum(one.figures.get("bytes_up"), one.figures.get("bytes_down")))),
         seconds=cost("seconds"), parameters=cost("trained_parameters"), memory=cost("peak_memory_mb"),
         energy=cost("energy_wh"), energy_how=", ".join(how),
         flops={"estimated": of(lambda one: _flops(one, "estimated")), "measured": of(lambda one: _flops(one, "measured"))},

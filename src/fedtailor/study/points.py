@@ -18,6 +18,7 @@ At = Mapping[str, Value]  # axis -> value
 Key = tuple[tuple[str, Value], ...]
 OWN = "alone.own"  # each silo's own model on its own rows, of the row "alone"
 BACKDOOR = "attack_success"  # the metric that a backdoor has beside the others
+UNSENT = ("alone", OWN, "centralized")  # trained where the rows are: nothing crosses a wire, whatever a run of them moves
 UNTRAINED = ("zero_shot", "few_shot", "hand_written", "untrained")
 
 

@@ -18,7 +18,7 @@ from fedtailor.study.efficiency import Costs
 from fedtailor.study.flops import SILOS, STEPS
 from fedtailor.study.grid import Study, Value
 from fedtailor.study.measured import Found
-from fedtailor.study.points import BACKDOOR, UNTRAINED, At, Points, gather, key, named
+from fedtailor.study.points import BACKDOOR, UNSENT, UNTRAINED, At, Points, gather, key, named
 from fedtailor.study.robustness import drops
 from fedtailor.study.wording import over
 
@@ -166,8 +166,11 @@ def _costs(study: Study, points: Points) -> Iterator[Table]:
     head = (first, "up per round and silo", "down per round and silo", "bytes in all", "time",
             *(["bytes to target", "time to target"] if aimed else []), "Pareto")  # fmt: skip
     note = "Means over seeds. Bytes and time of training, all silos and rounds together; evaluation is not counted. "
+    if any(one.row in UNSENT for one in told):
+        note += f"{MISSING} for bytes: nothing crosses a wire there. "
     if aimed:
-        note += f"Target: {efficiency.goal(study, points)}, of the same seed. "
+        coarse = efficiency.coarse(points, told)
+        note += f"Target: {efficiency.goal(study, points)}, of the same seed{f'; {coarse}' if coarse else ''}. "
     note += f"Pareto: no other has fewer bytes and better {metric_of(points.metric).label}. {_counts(points)}"
     yield Table(name, f"{name}-cost", f"{title}: what training costs", head, tuple(body), note)
     yield _computed(points, told, first)
@@ -199,7 +202,7 @@ def _computed(points: Points, told: Sequence[Costs], first: str) -> Table:
 
 def _until(one: Costs, what: int, show: Callable[[float], str]) -> Entry:
     told = one.spent(what)
-    if not one.never:
+    if not one.never or (what == 0 and one.row in UNSENT):
         return plain(told, show)
     missed = f"not reached in {one.never} of {len(one.until)} seeds"
     return Entry(f"{show(told.mean)} ({missed})" if told.n else missed, told)
