@@ -129,8 +129,8 @@ def test_from_where_on_quality_is_lost() -> None:
                   axes={"dropout": [*lost]})  # fmt: skip
     worse, kept = told
     assert worse.text.startswith("Federated accuracy is worse from dropout 0.3 on; at dropout 0.5 it is 30.0 points worse")
-    assert "from 0.800 at dropout 0.0" in worse.text
-    assert worse.test.startswith("paired two-sided t over 3 seeds against dropout 0.0, Holm over 3: ")
+    assert "from 0.800 at dropout 0" in worse.text
+    assert worse.test.startswith("paired two-sided t over 3 seeds against dropout 0, Holm over 3: ")
     assert worse.holds
     assert "less than 2.0 points worse at dropout 0.1 by 0.1 points" in kept.text
     assert "not shown at dropout 0.3 and 0.5" in kept.text

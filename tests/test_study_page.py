@@ -13,6 +13,7 @@ from fedtailor.errors import RunError
 from fedtailor.files import write_json
 from fedtailor.study import page
 from fedtailor.study.grid import Study
+from fedtailor.study.points import shown
 from shown_studies import everything
 
 
@@ -74,6 +75,20 @@ def test_nothing_finished_is_a_page_that_says_so(tmp_path: Path) -> None:
     assert text.count("No cell of this part is finished.") == 2
     assert "p (method prefix): seeds 0, 1, 2" in text
     assert list((tmp_path).rglob("*.svg")) == []
+
+
+def test_a_share_without_end_is_rounded_wherever_it_is_read(tmp_path: Path) -> None:
+    """Sentences, tables, charts, what is missing: all but the file itself."""
+    parts = [{"name": asks, "asks": asks, "axes": {"method": ["lora"], "dropout": [0.0, 1 / 7, 2 / 7]}}
+             for asks in ("performance", "efficiency", "robustness")]  # fmt: skip
+    one = studies.study(*parts)
+    found = studies.found(one, lambda at, row, seed: None if at["dropout"] > 0.2 and seed else {
+        **studies.accuracy(0.8 - at["dropout"] + 0.01 * seed), "bytes_up": 10, "bytes_down": 10, "seconds": 1.0})  # fmt: skip
+    told, plain = page.write(one, found, tmp_path).read_text().partition('id="run"')[0], [0.1, 0.125, 100.0, 0.00062, "x"]
+    assert "0.142857" not in told + "".join(path.read_text() for path in tmp_path.rglob("*.csv"))
+    assert told.count("0.143") > 10
+    assert [shown(value) for value in (1 / 7, 2 / 3, 1e6 / 7, *plain)] == [
+        "0.143", "0.667", "142857", "0.1", "0.125", "100", "0.00062", "x"]  # fmt: skip
 
 
 def test_nothing_yet_is_said_only_where_there_is_no_figure(tmp_path: Path) -> None:

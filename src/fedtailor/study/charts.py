@@ -20,8 +20,8 @@ from fedtailor.study import costs, efficiency, marks, panels
 from fedtailor.study.compare import Interval, interval
 from fedtailor.study.grid import Part, Study
 from fedtailor.study.measured import Found
-from fedtailor.study.points import OWN, At, Points, gather
-from fedtailor.study.series import ROW, Dimension, batches, dimensions, label_of, places, shown, split, told
+from fedtailor.study.points import OWN, At, Points, gather, shown
+from fedtailor.study.series import ROW, Dimension, batches, dimensions, label_of, places, split, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,7 +130,8 @@ class View:
         common = {"model": PurePath(one.model.name).name, "data": PurePath(one.data.source).name, "rounds": one.rounds,
                   **alone, **self.part.set}  # fmt: skip
         varied = {axis.name for axis in self.axes}
-        return ", ".join(f"{marks.plain(axis)} {marks.plain(value)}" for axis, value in common.items() if axis not in varied)
+        told = {axis: shown(value) for axis, value in common.items() if axis not in varied}
+        return ", ".join(f"{marks.plain(axis)} {marks.plain(value)}" for axis, value in told.items())
 
 
 def charts(study: Study, found: Sequence[Found], command: str = "") -> list[Chart]:
@@ -181,7 +182,7 @@ def _performance(view: View) -> Iterator[Chart]:
     for at in view.points.all:
         group = told({axis.name: at[axis.name] for axis in axes if axis != by})
         there = {row: value for row in view.rows if (value := view.at(row, at))}
-        lines.append(panels.Line(shown(at[by.name]) if by.name else view.part.name, there, group))
+        lines.append(panels.Line(marks.plain(shown(at[by.name])) if by.name else view.part.name, there, group))
     groups = list(dict.fromkeys(line.group for line in lines))
     lines.sort(key=lambda line: groups.index(line.group))
     looks = marks.looks_of(view.rows)

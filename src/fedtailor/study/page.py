@@ -22,8 +22,10 @@ from fedtailor.figures import clean, duration, is_number
 from fedtailor.files import placeless, read_json
 from fedtailor.study import charts, conduct, findings, tables
 from fedtailor.study.grid import Asks, Part, Study
+from fedtailor.study.marks import plain
 from fedtailor.study.measured import Found
-from fedtailor.study.series import label_of, shown
+from fedtailor.study.points import named, shown
+from fedtailor.study.series import label_of
 
 QUESTIONS: Mapping[Asks, tuple[str, str]] = {
     "performance": ("Performance", "Does federated customization reach what the rows in one place would give, and is it "
@@ -60,7 +62,8 @@ class Section:
 
     @property
     def axes(self) -> str:
-        return "; ".join(f"{axis}: {', '.join(shown(value) for value in values)}" for axis, values in self.part.axes.items())
+        told = {axis: ", ".join(plain(shown(value)) for value in values) for axis, values in self.part.axes.items()}
+        return "; ".join(f"{axis}: {values}" for axis, values in told.items())
 
 
 def write(study: Study, found: Sequence[Found], root: Path) -> Path:
@@ -113,7 +116,7 @@ def missing(study: Study, found: Iterable[Found]) -> list[str]:
     seeds: dict[str, list[int]] = {}
     for cell in study.cells:
         rows = [row for row in cell.part.rows if (cell.part.name, tuple(cell.at.items()), cell.seed, row) not in there]
-        point = cell.label.removesuffix(f", seed {cell.seed}")
+        point = f"{cell.part.name} ({named(cell.at)})" if cell.at else cell.part.name
         if rows:
             which = "" if len(rows) == len(cell.part.rows) else f", {', '.join(map(label_of, rows))}"
             seeds.setdefault(point + which, []).append(cell.seed)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from fedtailor.figures import ROWS, metric_of, number
 from fedtailor.study.compare import LEVEL, Paired, holm, interval, non_inferior, paired
 from fedtailor.study.grid import Study
-from fedtailor.study.points import OWN, At, Points
+from fedtailor.study.points import OWN, At, Points, shown
 from fedtailor.study.wording import (
     Finding,
     amount,
@@ -109,7 +109,7 @@ def pairs(values: Mapping[str, Values]) -> list[tuple[str, str, Paired, float]]:
 
 def _methods(points: Points, rest: At, group: list[At]) -> Iterator[Finding]:
     """Those with a difference, a sentence each; then all the others in one."""
-    values = {str(at["method"]): points.values(at, "federated") for at in group}
+    values = {shown(at["method"]): points.values(at, "federated") for at in group}
     tested = pairs({name: told for name, told in values.items() if told})
     of = tests(p for *_, p in tested)
     left = []

@@ -13,7 +13,7 @@ from fedtailor.figures import ROWS, metric_of, number
 from fedtailor.study.compare import LEVEL, NAN, Paired, exceeds, holm, interval, paired
 from fedtailor.study.grid import Study, Value
 from fedtailor.study.performance import pairs
-from fedtailor.study.points import At, Points, named, ordered
+from fedtailor.study.points import At, Points, named, ordered, shown
 from fedtailor.study.wording import (
     Finding,
     amount,
@@ -93,28 +93,28 @@ def _line(study: Study, points: Points, rest: At) -> Iterator[Finding]:
     who = f"{ROWS.get(row, row)} {label}"
     if not found or against is None:
         if len(points.part.axes[line]) > 1:
-            text = f"not shown: how {who} changes along {line}; {line} {against}, or all others, are not there"
+            text = f"not shown: how {who} changes along {line}; {line} {shown(against)}, or all others, are not there"
             yield finding(points, rest, text, "none", None)
         return
     start = interval(points.values(dict(_place(points, rest, against)), row)).mean
     worst = max(found, key=lambda drop: drop.loss.difference.mean)
     apart = worst.loss.difference if points.better == "lower" else flipped(worst.loss.difference)
     size = comparative(apart, points.metric, points.better)
-    begin = f"from {number(start)} at {line} {against}"
-    at_worst = f"at {line} {worst.value} it is {size}, {begin}"
+    begin = f"from {number(start)} at {line} {shown(against)}"
+    at_worst = f"at {line} {shown(worst.value)} it is {size}, {begin}"
     if not tests(drop.p for drop in found):
         seed = "with one seed, and " if max(drop.loss.n for drop in found) == 1 else ""
         text = f"not shown: that {who} gets worse along {line}; {seed}at worst, {at_worst}"
         yield finding(points, rest, text, untested(drop.loss.difference for drop in found), None)
         return
-    setting = f"{counted([drop.loss for drop in found])} against {line} {against}, Holm over {tests(d.p for d in found)}"
-    ps = ", ".join(f"{p_of(drop.p, drop.loss.difference)} at {drop.value}" for drop in found)
+    setting = f"{counted([drop.loss for drop in found])} against {line} {shown(against)}, Holm over {tests(d.p for d in found)}"
+    ps = ", ".join(f"{p_of(drop.p, drop.loss.difference)} at {shown(drop.value)}" for drop in found)
     test = f"paired two-sided t over {setting}: {ps}"
     worse = [drop.value for drop in found if drop.p < LEVEL and drop.loss.difference.mean > 0]
-    raised = [str(drop.value) for drop in found if drop.p < LEVEL and drop.loss.difference.mean < 0]
+    raised = [shown(drop.value) for drop in found if drop.p < LEVEL and drop.loss.difference.mean < 0]
     rise = f"; it is better at {line} {listed(raised)}" if raised else ""
     if worse == [worst.value]:
-        yield finding(points, rest, f"{who} is {size} at {line} {worst.value}, {begin}{rise}", test, True)
+        yield finding(points, rest, f"{who} is {size} at {line} {shown(worst.value)}, {begin}{rise}", test, True)
     elif worse:
         where = since(line, ordered(points.part.axes[line], against), worse, [drop.value for drop in found])
         yield finding(points, rest, f"{who} is worse {where}; {at_worst}, its worst{rise}", test, True)
@@ -128,13 +128,13 @@ def _kept(study: Study, points: Points, rest: At, found: list[Drop], setting: st
     """Where at most the margin is lost."""
     line, margin = points.part.line, amount(study.margin, points.metric)
     test = f"paired one-sided t of non-inferiority over {setting}, margin {margin}: "
-    test += ", ".join(f"{p_of(drop.kept, drop.loss.difference)} at {drop.value}" for drop in found)
+    test += ", ".join(f"{p_of(drop.kept, drop.loss.difference)} at {shown(drop.value)}" for drop in found)
     fine = [drop for drop in found if drop.kept < LEVEL]
     claim = f"{ROWS.get(points.main, points.main)} {metric_of(points.metric).label} is less than {margin} worse"
     if not fine:
-        return finding(points, rest, f"not shown for any {line} but {points.part.against}: that {claim}", test, False)
-    each = listed([f"{drop.value} by {with_interval(drop.loss.difference, points.metric)}" for drop in fine])
-    left = [str(drop.value) for drop in found if drop not in fine]
+        return finding(points, rest, f"not shown for any {line} but {shown(points.part.against)}: that {claim}", test, False)
+    each = listed([f"{shown(drop.value)} by {with_interval(drop.loss.difference, points.metric)}" for drop in fine])
+    left = [shown(drop.value) for drop in found if drop not in fine]
     others = f"; not shown at {line} {listed(left)}" if left else ""
     return finding(points, rest, f"{claim} at {line} {each}{others}", test, True)
 
@@ -144,8 +144,9 @@ def since(line: str, sides: list[list[Value]], worse: list[Value], there: list[V
     told = []
     for side in ([value for value in side if value in there] for side in sides):
         first = next(i for i in range(len(side) + 1) if all(value in worse for value in side[i:]))
-        last = [f"from {line} {side[first]} on"] if len(side) - first > 1 else [f"at {line} {v}" for v in side[first:]]
-        told += [f"at {line} {value}" for value in side[:first] if value in worse] + last
+        last = [f"at {line} {shown(value)}" for value in side[first:]]
+        last = [f"from {line} {shown(side[first])} on"] if len(last) > 1 else last
+        told += [f"at {line} {shown(value)}" for value in side[:first] if value in worse] + last
     return listed(told)
 
 
@@ -162,11 +163,11 @@ def _methods(points: Points) -> Iterator[Finding]:
         if len(methods) < 2 or not shared:
             continue
         hardest = max(shared, key=lambda v: statistics.fmean(told[v].mean for told in by.values()))
-        losses = {str(m): told[hardest].values for m, told in by.items()}
+        losses = {shown(m): told[hardest].values for m, told in by.items()}
         tested = pairs(losses)
-        each = listed([f"{m} {with_interval(by[m][hardest], points.metric)}" for m in methods])
+        each = listed([f"{shown(m)} {with_interval(by[m][hardest], points.metric)}" for m in methods])
         least = min(losses, key=lambda m: statistics.fmean(losses[m].values()))
-        where = f"at {line} {hardest}, where methods lose most on average"
+        where = f"at {line} {shown(hardest)}, where methods lose most on average"
         of = tests(p for *_, p in tested)
         if not of:
             yield finding(points, rest, f"not shown: that one method loses less than another {where}: {each}",
@@ -193,13 +194,13 @@ def _aggregates(study: Study, points: Points, attackers: str) -> Iterator[Findin
         losses: dict[str, dict[int, float]] = {}
         halves: dict[str, tuple[dict[int, float], str]] = {}
         for at in group:
-            name = str(at["aggregate"])
+            name = shown(at["aggregate"])
             start = _reference(points, at, attackers, none)
             loss = lost_of(points.values(start, points.main), points.values(at, points.main), points.better)
             if loss and start != at:
                 losses[name], halves[name] = loss, _half(points, start)
         if losses:
-            against = named(start) if none is None else f"the same aggregate at {attackers} {none}"
+            against = named(start) if none is None else f"the same aggregate at {attackers} {shown(none)}"
             yield _survivors(study, points, rest, losses, halves, against)
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from fedtailor.figures import ROWS, is_number, words
 from fedtailor.study.grid import Part, Value
 from fedtailor.study.marks import plain
-from fedtailor.study.points import At
+from fedtailor.study.points import At, shown
 
 ROW = "row"  # the axis that the rows of a part make
 FEW = 4  # lines that share one plot, whatever tells them apart
@@ -69,7 +69,7 @@ def places(axis: Dimension, label: str) -> Along:
         at = _between([float(value) for value in values])
         if min((b - a for a, b in itertools.pairwise(at)), default=1) < NEAR:
             at, label = even, f"{label}, not to scale"
-    return Along(label, dict(zip(values, at, strict=True)), [shown(value) for value in values], ordered)
+    return Along(label, dict(zip(values, at, strict=True)), [plain(shown(value)) for value in values], ordered)
 
 
 def _between(values: Sequence[float]) -> list[float]:
@@ -77,15 +77,11 @@ def _between(values: Sequence[float]) -> list[float]:
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
 
 
-def shown(value: Value) -> str:
-    return f"{value:g}" if isinstance(value, float) else plain(value)
-
-
 def told(at: At, bare: bool = False) -> str:
     """A point in words; `bare`: its values without their axes' names."""
     said = []
     for axis, value in at.items():
-        text = label_of(str(value)) if axis == ROW else shown(value)
+        text = label_of(str(value)) if axis == ROW else plain(shown(value))
         said.append(text if bare or axis in (ROW, "method") else f"{plain(axis.rpartition('.')[2])} {text}")
     return ", ".join(said)
 

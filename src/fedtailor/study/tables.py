@@ -18,7 +18,7 @@ from fedtailor.study.efficiency import Costs
 from fedtailor.study.flops import SILOS, STEPS
 from fedtailor.study.grid import Study, Value
 from fedtailor.study.measured import Found
-from fedtailor.study.points import BACKDOOR, UNSENT, UNTRAINED, At, Points, gather, key, named
+from fedtailor.study.points import BACKDOOR, UNSENT, UNTRAINED, At, Points, gather, key, named, shown
 from fedtailor.study.robustness import drops
 from fedtailor.study.wording import over
 
@@ -230,14 +230,14 @@ def _line(study: Study, points: Points, row: str, rests: Sequence[At], of: At) -
             at = {axis: {**rest, part.line: value}[axis] for axis in part.axes}
             entry = spread(points.interval(at, row))
             cells.append(Entry(entry.shown + ("*" if (key(rest), value) in marks else ""), entry.exact))
-        body.append((Entry(str(value)), *cells))
+        body.append((Entry(shown(value)), *cells))
     heads = [_where({axis: v for axis, v in rest.items() if axis not in of}) or label for rest in rests]
     name = "-".join([part.name, *map(_slug, of.values()), *([row] if row != points.main else [])])
     title = f"{_title(points)}: {label}{f', {named(of)}' if of else ''}"
     columns = ", ".join(axis for axis in part.axes if axis != part.line and axis not in of)
     note = _note(points) + (f" Columns: {columns}." if columns else "") + _floors(points)
     if marks:
-        note += f" *: differs from {part.line} {part.against} (paired two-sided t, Holm over the column, 5 %)."
+        note += f" *: differs from {part.line} {shown(part.against)} (paired two-sided t, Holm over the column, 5 %)."
     return Table(part.name, name, title, (part.line, *heads), tuple(body), note)
 
 
@@ -296,7 +296,7 @@ def _title(points: Points) -> str:
 
 def _where(at: At) -> str:
     """The values alone: their axes stand in the head or the note."""
-    return ", ".join(str(value) for value in at.values())
+    return ", ".join(shown(value) for value in at.values())
 
 
 def _of(one: Costs) -> str:
