@@ -137,6 +137,44 @@ def test_from_where_on_quality_is_lost() -> None:
     assert kept.holds
 
 
+@pytest.mark.parametrize(
+    ("lost", "apart", "shown"),
+    [
+        (0.03, 0.01, "is 3.0 points worse (95 % interval"),  # two-sided: t = 3 sqrt 3, p = .035
+        (0.009, 0.005, "is less than 2.0 points worse at dropout 0.5 by 0.9 points"),  # one-sided: t = 2.2 sqrt 3, p = .031
+    ],
+)
+def test_a_drop_shown_alone_is_not_shown_as_one_of_two(lost: float, apart: float, shown: str) -> None:
+    """p is between .025 and .05: alone below 5 %, by Holm over two above it."""
+
+    def level(at: Mapping[str, Any], row: str, seed: int) -> float:
+        return 0.8 - (lost + apart * (seed - 1)) * bool(at["dropout"])
+
+    assert said(robust(level, axes={"dropout": [0.0, 0.5]}), shown).holds
+    assert [one.holds for one in robust(level, axes={"dropout": [0.0, 0.3, 0.5]})] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("lost", "apart", "alone", "of_two"),
+    [
+        (0.009, 0.005, "is less than 2.0 points worse with", "not shown whether accuracy is less"),
+        (0.042, 0.01, "is more than 2.0 points worse with", "not shown whether accuracy is less"),
+        (0.222, 0.01, "collapses", "is more than 2.0 points worse with"),  # half of the lead over zero-shot is 0.2
+    ],
+)
+def test_an_aggregate_shown_alone_is_not_shown_as_one_of_two(lost: float, apart: float, alone: str, of_two: str) -> None:
+    """Each is 2.2 deviations beyond what is asked: t = 2.2 sqrt 3, one-sided p = .031, by Holm over two .063."""
+
+    def level(at: Mapping[str, Any], row: str, seed: int) -> float:
+        return 0.5 if row == "zero_shot" else 0.9 - (lost + apart * (seed - 1)) * bool(at["attackers"])
+
+    first, *_ = robust(level, **{**ATTACKED, "axes": {**ATTACKED["axes"], "aggregate": ["mean"]}})
+    assert alone in first.text
+    first, *_ = robust(level, **ATTACKED)
+    assert of_two in first.text.lower()
+    assert alone not in first.text.partition("whether")[0]
+
+
 def test_no_drop_is_never_claimed() -> None:
     told = robust(lambda at, row, seed: 0.8 + JITTER[seed] * (at["dropout"] > 0), axes={"dropout": [0.0, 0.3]})
     assert told[0].text.startswith("Not shown: that federated accuracy gets worse along dropout")
