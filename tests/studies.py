@@ -10,6 +10,9 @@ from fedtailor.study.grid import Study
 from fedtailor.study.measured import Found
 from tiny_runs import TINY
 
+NOTHING = {"method": "evaluate.samples", "aggregate": "evaluate.max_new_tokens", "attack": "evaluate.examples",
+           "attackers": "method.local_steps"}  # fmt: skip
+
 Given = float | Mapping[str, Any] | None  # an accuracy; or figures, with "rounds" among them; None: not finished
 
 
@@ -19,8 +22,9 @@ def study(*parts: Mapping[str, Any], seeds: tuple[int, ...] = (0, 1, 2), **head:
 
 
 def nothing(axis: str, *values: Any) -> dict[str, Any]:
-    """A `choice` whose values change something, but nothing that matters here."""
-    return {axis: {str(value): {"faults.noise": 0.001 * i} for i, value in enumerate(values)}}
+    """A `choice` whose values change something, but nothing that matters here; each axis another setting."""
+    setting = NOTHING.get(axis, "evaluate.every")
+    return {axis: {str(value): {setting: 1 + i} for i, value in enumerate(values)}}
 
 
 def found(one: Study, given: Callable[[Mapping[str, Any], str, int], Given]) -> list[Found]:

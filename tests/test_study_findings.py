@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtailor.study import robustness
 from fedtailor.study.compare import interval
 from fedtailor.study.findings import Finding, findings
 from fedtailor.study.grid import Study
+from fedtailor.study.points import gather
 from fedtailor.study.robustness import since
 from fedtailor.study.tables import as_csv, as_latex, tables
 from fedtailor.study.wording import comparative, listed, p_value, with_interval
@@ -168,7 +171,8 @@ def test_an_aggregate_shown_alone_is_not_shown_as_one_of_two(lost: float, apart:
     def level(at: Mapping[str, Any], row: str, seed: int) -> float:
         return 0.5 if row == "zero_shot" else 0.9 - (lost + apart * (seed - 1)) * bool(at["attackers"])
 
-    first, *_ = robust(level, **{**ATTACKED, "axes": {**ATTACKED["axes"], "aggregate": ["mean"]}})
+    choice = {**nothing("attackers", 0, 2), **nothing("aggregate", "mean")}
+    first, *_ = robust(level, axes={"aggregate": ["mean"], "attackers": [0, 2]}, rows=["zero_shot", "federated"], choice=choice)
     assert alone in first.text
     first, *_ = robust(level, **ATTACKED)
     assert of_two in first.text.lower()
@@ -189,7 +193,9 @@ def test_a_loss_that_rises_is_a_drop() -> None:
 
 
 def test_a_metric_without_direction_is_not_judged() -> None:
-    told = robust(lambda at, row, seed: {"odd": {"mean": at["dropout"]}}, axes={"dropout": [0.0, 0.3]}, metric="odd")
+    one = study({"name": "hard", "axes": {"dropout": [0.0, 0.3]}})
+    there = found(one, lambda at, row, seed: {"odd": {"mean": at["dropout"]}})
+    told = [*robustness.told(one, replace(gather(one, one.parts[0], there), metric="odd"))]
     assert "whether higher or lower is better is not known" in told[0].text
     assert [one.holds for one in told] == [None]
 

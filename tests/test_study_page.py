@@ -43,7 +43,7 @@ def test_the_page_tells_findings_charts_tables_and_how_it_was_run(tmp_path: Path
     assert "paired one-sided t of non-inferiority over 3 seeds" in text
     assert "Accuracy along dropout" in text
     assert "command fedtailor study it.toml --jobs 2 seeds 0, 1, 2" in text
-    assert 'base = "tiny.toml"' in text
+    assert "[base]" in text, "the experiment itself, not where its file was"
     assert 'method = ["prefix", "lora"]' in text, "in one line"
     assert "What is missing" not in text
 

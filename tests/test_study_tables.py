@@ -43,7 +43,7 @@ def test_of_performance() -> None:
     assert shown(quality)[0][:3] == ["prefix", "0.450 ±0.635", "0.620 ±0.635"]
     assert shown(quality)[0][4].startswith("95.4 % ±")
     assert "accuracy, higher is better; over all test rows together" in quality.note
-    assert "2 seeds (0, 1). Experiment: tiny.toml." in quality.note
+    assert "2 seeds (0, 1)." in quality.note
 
 
 def test_of_costs() -> None:
