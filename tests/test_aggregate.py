@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedtailor import aggregate
@@ -149,6 +149,8 @@ small = st.lists(st.floats(-1, 1, width=32), min_size=4, max_size=4)
 
 @given(small, st.sampled_from(ROBUST), st.floats(1e3, 1e30), st.integers(0, 4))
 @many
+@example([0.0, 0.0, 0.0, 0.6875], "geometric_median", 8.722127402420818e29, 1)
+@example([0.0, 0.25, 0.5, 0.6875], "geometric_median", 8.722127402420818e29, 1)
 def test_a_liar_among_five_does_not_move_a_robust_one_beyond_the_others(
     honest: list[float], name: str, lie: float, place: int
 ) -> None:

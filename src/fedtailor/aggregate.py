@@ -23,6 +23,7 @@ from fedtailor.tuned import Tensors, norm
 Replies = Sequence[tuple[Tensors, float]]
 Aggregate = Callable[[Replies], Tensors]
 BYZANTINE = 0.2
+FAR = 1e6  # times a usual distance: from there on, geometric_median asks for the direction alone
 CHUNK = 2**20  # numbers of each reply in fp64 at a time
 
 
@@ -57,9 +58,16 @@ def multi_krum(replies: Replies, *, byzantine: float = BYZANTINE) -> Tensors:
 def geometric_median(replies: Replies) -> Tensors:
     """The point with the least weighted sum of distances to all replies, by the smoothed Weiszfeld algorithm (Pillutla et al.
     2019, RFA): it stands attackers of less than half of the weight. Distances below a millionth of the median distance between
-    two replies count as that."""
-    squared = _squared_distances(replies)
+    two replies count as that. A reply a million times as far from the most central one as others are is drawn nearer first:
+    only its direction counts, and beside 1e30 the others' differences would be lost in rounding."""
     weights = torch.tensor([weight for _, weight in replies], dtype=torch.float64)
+    distances = _squared_distances(replies).sqrt()
+    middle = int((distances @ weights).argmin())
+    apart = distances[middle]
+    if weights[apart == 0].sum() > weights.sum() / 2:
+        return dict(replies[middle][0])
+    replies = _drawn_near(replies, middle, [far if far > 0 else 1.0 for far in apart.tolist()], FAR * _low(apart))
+    squared = _squared_distances(replies)
     between = squared.sqrt()[torch.ones_like(squared).triu(1).bool()]
     least = max(1e-6 * between.median().item(), 1e-30) if len(replies) > 1 else 1.0
     # each step is a weighted mean of the replies, so that its distances to them follow from theirs to each other
@@ -109,6 +117,19 @@ def _trimmed(replies: Replies, each: int) -> Tensors:
         ranked = torch.stack([d[n] for d, _ in replies]).sort(dim=0).values[each : len(replies) - each]
         found[n] = ranked.mean(dim=0, dtype=torch.float64).to(like.dtype)
     return found
+
+
+def _low(distances: Tensor) -> float:
+    return float(statistics.median_low([one for one in distances.tolist() if one > 0]))
+
+
+def _drawn_near(replies: Replies, middle: int, apart: Sequence[float], bound: float) -> Replies:
+    """Those farther than the bound from the middle one, on the same line from it at the bound."""
+    center = replies[middle][0]
+    return [
+        (delta if far <= bound else {n: center[n] + (t - center[n]) * (bound / far) for n, t in delta.items()}, weight)
+        for (delta, weight), far in zip(replies, apart, strict=True)
+    ]
 
 
 def _by_krum(replies: Replies, byzantine: float) -> list[int]:
