@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from background import wait_for
 from fedtailor import models
 from fedtailor.errors import UserError
 from fedtailor.files import read_json
@@ -89,7 +89,7 @@ def test_rows_without_training_are_scored_once_for_all_methods(tmp_path: Path) -
 def test_figures_are_kept_and_models_are_not_unless_asked(tmp_path: Path) -> None:
     conduct.conduct(a_study(LOST, seeds=(0,)), tmp_path / "light")
     names = {path.name for path in (tmp_path / "light").rglob("*") if path.is_file()}
-    assert names == {"study.toml", "experiment.toml", "plan.json", "flops.json", "row.json", "rounds.jsonl", "result.json",
+    assert names == {"study.toml", "experiment.toml", "plan.json", "row.json", "rounds.jsonl", "result.json",
                      ".taken", ".lock"}  # fmt: skip
     conduct.conduct(a_study(LOST, seeds=(0,), keep="models"), tmp_path / "whole")
     assert len(list((tmp_path / "whole").rglob("adapter/adapter_config.json"))) == 2
@@ -164,21 +164,13 @@ def started(root: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.DEVNULL)
 
 
-def waited(root: Path, rows: int) -> None:
-    for _ in range(1200):
-        if len(list(root.rglob("row.json"))) >= rows:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {rows} rows in a minute")
-
-
 @pytest.mark.slow
 def test_killed_twice_and_resumed_it_has_the_same_figures(tmp_path: Path) -> None:
     study = a_study(CLOSE, LOST)
     conduct.conduct(study, tmp_path / "once")
     for rows in (2, 6):  # killed in the middle of whatever it does then
         process = started(tmp_path / "killed")
-        waited(tmp_path / "killed", rows)
+        assert wait_for(lambda rows=rows: len(list((tmp_path / "killed").rglob("row.json"))) >= rows, 60, 0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert len(measured.read(study, tmp_path / "killed")) < len(measured.read(study, tmp_path / "once"))

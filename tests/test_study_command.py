@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
+from background import wait_for
 from commands import PROCESS, SLIM, Command, fails
 from commands import fedtailor as fedtailor
 from tiny_runs import TINY
@@ -120,8 +120,7 @@ def test_processes_share_it_in_the_background_and_ctrl_c_loses_nothing(file: Pat
         return len(list(tmp_path.rglob("row.json")))
 
     first = typed()
-    while not rows():
-        time.sleep(0.05)
+    assert wait_for(rows, 60, 0.05)
     first.send_signal(signal.SIGINT)
     told = first.communicate(timeout=60)[1]
     assert first.returncode == 130
@@ -129,9 +128,6 @@ def test_processes_share_it_in_the_background_and_ctrl_c_loses_nothing(file: Pat
     assert rows() < 4
     out, _ = typed("--jobs", "2", "--background").communicate(timeout=60)
     assert out.startswith("running as process ")
-    for _ in range(1200):
-        if (tmp_path / "runs/small/report.html").exists():
-            break
-        time.sleep(0.1)
+    assert wait_for((tmp_path / "runs/small/report.html").exists, 120), (tmp_path / "runs/small/study.log").read_text()
     assert rows() == 4, (tmp_path / "runs/small/study.log").read_text()
     assert (tmp_path / "runs/small/worker-2.log").exists()

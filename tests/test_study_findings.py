@@ -63,7 +63,8 @@ def test_close_is_not_shown_by_no_difference() -> None:
     """0.018 worse: within the margin, but the test does not show it."""
     unsure = said(performance({"federated": 0.0, "centralized": 0.018}), "than centralized;")
     assert unsure.text.startswith("Not shown: that federated is at most 2.0 points worse")
-    assert unsure.holds is False
+    assert unsure.holds is None
+    assert unsure.test.startswith("paired"), "tested, and neither is shown"
 
 
 def test_better_than_alone_and_not_shown_against_zero_shot() -> None:
@@ -71,7 +72,8 @@ def test_better_than_alone_and_not_shown_against_zero_shot() -> None:
     assert said(told, "alone").text.startswith("Federated is better than alone by 10.0 points (95 % interval 9.0 to 11.0)")
     zero = said(told, "that federated differs from zero-shot")
     assert "0.1 points worse (95 % interval -0.9 to 1.1)" in zero.text
-    assert zero.holds is False
+    assert zero.holds is None
+    assert zero.test.startswith("paired")
     assert "no difference" not in " ".join(one.text for one in told)
     assert said(told, "centralized has no seed in common").holds is None
     assert said(told, "3 of 3 runs are not finished").text.count("centralized") == 3
@@ -118,7 +120,8 @@ def test_methods_against_each_other() -> None:
     better = said(told, "Method prefix is worse than lora by 20.0 points")
     assert "(Holm over 3)" in better.test
     assert said(told, "Method lora is better than ia3").holds
-    assert said(told, "Not shown: a difference of method prefix from ia3").holds is False
+    unsure = said(told, "Not shown: a difference of method prefix from ia3")
+    assert (unsure.holds, unsure.test[:6]) == (None, "paired")
 
 
 def robust(level: Any, seeds: tuple[int, ...] = (0, 1, 2), choice: Any = None, **part: Any) -> list[Finding]:
@@ -154,7 +157,8 @@ def test_a_drop_shown_alone_is_not_shown_as_one_of_two(lost: float, apart: float
         return 0.8 - (lost + apart * (seed - 1)) * bool(at["dropout"])
 
     assert said(robust(level, axes={"dropout": [0.0, 0.5]}), shown).holds
-    assert [one.holds for one in robust(level, axes={"dropout": [0.0, 0.3, 0.5]})] == [False, False]
+    told = robust(level, axes={"dropout": [0.0, 0.3, 0.5]})
+    assert [(one.holds, one.test[:6]) for one in told] == [(None, "paired")] * 2
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,7 @@ def test_an_aggregate_shown_alone_is_not_shown_as_one_of_two(lost: float, apart:
 def test_no_drop_is_never_claimed() -> None:
     told = robust(lambda at, row, seed: 0.8 + JITTER[seed] * (at["dropout"] > 0), axes={"dropout": [0.0, 0.3]})
     assert told[0].text.startswith("Not shown: that federated accuracy gets worse along dropout")
-    assert told[0].holds is False
+    assert (told[0].holds, told[0].test[:6]) == (None, "paired")
     assert told[1].holds  # what can be shown: less than the margin is lost
 
 

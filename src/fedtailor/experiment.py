@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from fedtailor.data import SILO_FIELDS, Data, own_settings
 from fedtailor.errors import NoReply, UserError, suggest
 from fedtailor.evaluate import Evaluate, Evaluation
 from fedtailor.faults import Faults
+from fedtailor.files import as_folder
 from fedtailor.generations import Best, Generations
 from fedtailor.models import Base
 
@@ -63,8 +63,7 @@ class Experiment:
     baseline: Mapping[Trained, Mapping[str, Any]] = field(default_factory=dict)  # [baseline.ROW]: its own [method] settings
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[^./\\][^/\\]*", self.name):
-            raise ValueError(f"name {self.name!r} cannot be a folder's: no slashes, and no dot in front")
+        as_folder(self.name)
         for what, given in (("seeds", self.seeds), ("rows", self.rows)):
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{what} must be one or more, all different, not {list(given)}")

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedtailor import wire
 from fedtailor.errors import UserError
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Whether this process has that lock file for itself meanwhile."""
+    import fcntl
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def as_folder(name: str) -> str:
+    """The name, where it can be a folder's. Raises ValueError."""
+    if not re.fullmatch(r"[^./\\][^/\\]*", name):
+        raise ValueError(f"name {name!r} cannot be a folder's: no slashes, and no dot in front")
+    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fedtailor.engines import courier, standing
 from fedtailor.engines.courier import Courier
 from fedtailor.errors import UserError
 from fedtailor.experiment import Experiment, as_table, load, parse
-from fedtailor.files import read_json, write_json
+from fedtailor.files import held, read_json, write_json
 from fedtailor.merging import merge
 from fedtailor.preparing import prepare
 from fedtailor.report import VERSION
@@ -252,11 +252,7 @@ def resume(folder: Path, asked: Experiment | None = None, courier: Courier | Non
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process per run folder. Raises UserError when another holds it."""
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{folder}: another process is running this; wait for it or end it") from error
+    with held(folder / ".lock") as mine:
+        if not mine:
+            raise UserError(f"{folder}: another process is running this; wait for it or end it")
         yield

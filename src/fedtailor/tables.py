@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ def part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
     taken = {k: v for k, v in values.items() if k in known}
     flawed = {name for name, given in taken.items() if _flawed(hints[name], given, f"{where} {name}", errors)}
     try:
-        made = TypeAdapter(kind).validate_python(taken)
+        made = _adapter(kind).validate_python(taken)  # type: ignore[arg-type]
     except ValidationError as error:
         for one in error.errors():
             place = ".".join(
@@ -38,6 +39,11 @@ def part(kind: type[Any], values: Any, where: str, errors: list[str]) -> Any:
                 errors.append(f"{where} {place}: {told}{given}".replace(": : ", ": ").replace(" : ", ": "))
         return None
     return made if len(errors) == before else None
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # takes longer to be made than all that it then checks
 
 
 def _flawed(hint: Any, given: Any, where: str, errors: list[str]) -> bool:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedtailor.figures import metric_of, number
 from fedtailor.study import costs, efficiency, marks, panels
@@ -238,11 +238,8 @@ def _robustness(view: View) -> Iterator[Chart]:
     what = BARS + (", set side by side" if looks else "")
     what += "" if x.ordered else "; values without an order are not joined"
     for page, some in enumerate(batches(drawn, MOST_PANELS), 1):
-        seen = "; ".join(
-            f"{', '.join(filter(None, [panel.title, looks[place][0] if looks else view.part.name]))}: "
-            f"{number(points[0][1].mean)} to {number(points[-1][1].mean)}"
-            for panel in some for place, points in panel.series.items()
-        )  # fmt: skip
+        names = [name for name, _ in looks] or [view.part.name]
+        seen = _seen(some, names, lambda points: f"{number(points[0][1].mean)} to {number(points[-1][1].mean)}")
         yield view.chart(_numbered(f"along-{_safe(line)}", page), f"{view.title} along {marks.plain(line)}", what,
                          f"Means over seeds at the first and the last value. {seen}.",
                          lambda width, some=some: panels.along(some, looks, x, view.quality, width))  # type: ignore[misc]
@@ -266,15 +263,21 @@ def _efficiency(view: View) -> Iterator[Chart]:
     drawn = costs.curves(view, lines)
     label = f"validation {metric_of(view.metric).label}{f', {better} is better' if better else ''}"
     for page, some in enumerate(batches(drawn, MOST_PANELS), 1):
-        seen = "; ".join(
-            f"{', '.join(filter(None, [panel.title, looks[place][0]]))}: "
-            f"{number(points[-1][1])} at {costs.BYTES.show(points[-1][0])}"
-            for panel in some for place, points in panel.series.items()
-        )  # fmt: skip
+        seen = _seen(
+            some, [name for name, _ in looks], lambda points: f"{number(points[-1][1])} at {costs.BYTES.show(points[-1][0])}"
+        )
         yield view.chart(_numbered("learning", page), f"Learning curves: validation {metric_of(view.metric).label} by bytes",
                          "Lines are means over seeds; bands, where lines are few, reach from the lowest to the highest seed",
                          f"Where they end. {seen}.", lambda width, some=some: panels.curves(  # type: ignore[misc]
                              some, looks, "bytes", (costs.BYTES.label, label), width))  # fmt: skip
+
+
+def _seen(some: Sequence[panels.Panel | panels.Curves], names: Sequence[str], tell: Callable[[Any], str]) -> str:
+    """Each line of these panels, in words."""
+    return "; ".join(
+        f"{', '.join(filter(None, [panel.title, names[place]]))}: {tell(points)}"
+        for panel in some for place, points in panel.series.items()
+    )  # fmt: skip
 
 
 def _numbered(name: str, page: int) -> str:

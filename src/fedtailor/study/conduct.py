@@ -7,13 +7,11 @@ Any number of processes may work at one study: a cell is taken by the lock of it
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from fedtailor import data as rows_of
 from fedtailor import models, preparing, progress, runs, wire
 from fedtailor.errors import FedtailorError, UserError
 from fedtailor.experiment import Experiment, as_table
-from fedtailor.files import read_json, write_json
+from fedtailor.files import held, read_json, write_json
 from fedtailor.study import flops, grid
 from fedtailor.study.grid import Cell, Study
 
@@ -93,7 +91,8 @@ def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], 
     `each` is called after every finished cell. Cells that another process holds are waited for at the end.
     """
     begin(study, root)
-    held, told, cells = Held(), Progress(), study.runs()
+    at_hand, told, cells = Held(), Progress(), study.runs()
+    costly = {cell.key for cell in study.cells if cell.part.asks != "robustness"}  # of the others nobody asks operations
     began = time.monotonic()
     mine = 0
     left = cells
@@ -104,7 +103,8 @@ def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], 
             if not missing_rows(folder, cell.experiment.rows):
                 told.done += 1
                 continue
-            with _taken(folder) as free:
+            folder.mkdir(parents=True, exist_ok=True)
+            with held(folder / ".taken") as free:
                 if not free:
                     waiting.append(cell)
                     continue
@@ -112,7 +112,7 @@ def conduct(study: Study, root: Path, command: str = "", each: Callable[[Cell], 
                     told.done += 1
                     continue
                 progress.line(f"{told.done + len(told.failed) + 1} of {len(cells)}: {cell.label}")
-                why = _run(cell, folder, held, command, study.keep, _like(cell, cells, root))
+                why = _run(cell, folder, at_hand, command, study.keep, _like(cell, cells, root), cell.key in costly)
             mine += 1
             if why is None:
                 told.done += 1
@@ -144,13 +144,15 @@ def _like(cell: Cell, cells: Sequence[Cell], root: Path) -> dict[str, list[Path]
     }
 
 
-def _run(cell: Cell, folder: Path, held: Held, command: str, keep: str, others: Mapping[str, Sequence[Path]]) -> str | None:
+def _run(
+    cell: Cell, folder: Path, at_hand: Held, command: str, keep: str, others: Mapping[str, Sequence[Path]], counted: bool
+) -> str | None:
     """Run a cell's missing rows. Returns why it failed, None when it did not."""
     file = folder / "failed.json"
     try:
         wire.write_bytes(folder / "experiment.toml", tomli_w.dumps(as_table(cell.experiment)).encode())
-        prepared = held.prepared(cell.experiment)
-        if not (folder / "flops.json").exists():
+        prepared = at_hand.prepared(cell.experiment)
+        if counted and not (folder / "flops.json").exists():
             write_json(folder / "flops.json", flops.of(cell.experiment, *prepared))
         one = runs.Run(cell.experiment, folder, command, prepared=prepared, content=cell.key, others=others)
         with progress.hushed():
@@ -174,19 +176,6 @@ def _lighten(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.suffix in HEAVY_FILES:
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _taken(folder: Path) -> Iterator[bool]:
-    """Whether this process has the cell for itself meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".taken").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
 
 
 def failures(study: Study, root: Path) -> dict[str, str]:

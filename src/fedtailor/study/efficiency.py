@@ -204,7 +204,7 @@ def _least(study: Study, points: Points, group: Sequence[Costs]) -> Finding:
     test = f"paired two-sided t of the logarithm of bytes over {over(max(ratio.n for ratio, _ in ratios.values()))}, "
     test += f"Holm over {tests(p for *_, p in tested)}: "
     test += ", ".join(f"{other} {p_of(p, ratio)}" for other, (ratio, p) in ratios.items())
-    return finding(points, {}, text, test, bool(shown))
+    return finding(points, {}, text, test, bool(shown) or None)
 
 
 def _times(told: Interval) -> str:

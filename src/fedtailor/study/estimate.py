@@ -20,9 +20,9 @@ from fedtailor.files import read_json
 from fedtailor.methods.averaging import Averaging
 from fedtailor.study.conduct import Held, folder_of, missing_rows
 from fedtailor.study.grid import Cell, Study
+from fedtailor.study.points import UNTRAINED
 
 TRIED = 32  # rows that are scored to see how long one takes
-UNTRAINED = ("zero_shot", "few_shot")
 
 
 @dataclass(frozen=True)

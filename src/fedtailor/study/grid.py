@@ -19,7 +19,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from fedtailor.errors import UserError, suggest
 from fedtailor.experiment import Experiment, RowName
 from fedtailor.faults import Faults
 from fedtailor.figures import METRICS
+from fedtailor.files import as_folder
 
 Value = str | float | int
 Overlay = Mapping[str, Any]  # dotted path of a setting -> its value
@@ -124,14 +124,14 @@ class Study:
     margin: float = 0.02  # "close to": at most so much worse, in the metric's own unit
     target: float = 0.95  # bytes and seconds are told until this share of the best quality is reached
     keep: Literal["figures", "models"] = "figures"  # models: each cell keeps its adapters, too
-    source: Mapping[str, Any] = field(default_factory=dict)  # the file, as it was read
+    source: Mapping[str, Any] = field(default_factory=dict)  # the file, with the base in it
 
     def runs(self) -> list[Cell]:
         """Each folder once, with all rows that any part asks of it, in the order of the parts."""
         found: dict[str, Cell] = {}
         for cell in self.cells:
             rows = [*(found[cell.key].experiment.rows if cell.key in found else ()), *cell.part.rows]
-            ordered = tuple(sorted(set(rows), key=_order))
+            ordered = tuple(dict.fromkeys([*(row for row in experiments.ROWS if row in rows), *rows]))
             found[cell.key] = replace(found.get(cell.key, cell), experiment=replace(cell.experiment, rows=ordered))
         return list(found.values())
 
@@ -153,8 +153,7 @@ class _Head:
     def __post_init__(self) -> None:
         if not self.part or not self.seeds:
             raise ValueError("a study needs one [[part]] and one of seeds at least")
-        if not re.fullmatch(r"[^./\\][^/\\]*", self.name):
-            raise ValueError(f"name {self.name!r} cannot be a folder's: no slashes, and no dot in front")
+        as_folder(self.name)
         used = {(axis, str(value)) for part in self.part for axis, values in part.axes.items() for value in values}
         for axis, named in self.choice.items():
             for value in named:
@@ -179,8 +178,10 @@ def load(path: Path, sets: Sequence[str] = ()) -> Study:
 def same(path: Path, study: Study) -> bool:
     """Whether that file says this study."""
     try:
-        return load(path).source == study.source
-    except UserError:
+        table = experiments.read(path)
+        table.setdefault("name", path.stem)
+        return _whole(table, str(path), path.parent) == study.source
+    except (UserError, KeyError, AttributeError, TypeError):  # of someone who is in the middle of writing it
         return False
 
 
@@ -349,9 +350,4 @@ def _laid(start: Mapping[str, Any], laid: Overlay, folder: Path) -> dict[str, An
     table.pop("rows", None)
     experiments.other_method(table, written, set(laid))
     return {"name": "study", **experiments.resolved(table, folder)}
-
-
-def _order(row: str) -> int:
-    known = [*experiments.ROWS]
-    return known.index(row) if row in known else len(known)
 

@@ -179,8 +179,8 @@ def _render(study: Study, found: Sequence[Found], root: Path, command: str, sect
 
 
 def _mark(finding: findings.Finding) -> tuple[str, str, str]:
-    """Sign, word and class; what a sentence says is not shown is told apart from what it says is otherwise."""
-    return OPEN if finding.holds is False and "not shown" in finding.text.lower() else MARKS[finding.holds]
+    """Sign, word and class; what was tested and not shown is told apart from what was not tested."""
+    return OPEN if finding.holds is None and not finding.test.startswith("none") else MARKS[finding.holds]
 
 
 def _shown(cell: Any) -> str:

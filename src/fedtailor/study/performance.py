@@ -72,7 +72,7 @@ def close(study: Study, points: Points, at: At) -> Finding:
     if found.p_inferior < LEVEL:
         test = f"paired one-sided t over {seeds_of(found.difference)}, margin {margin}, {p_value(found.p_inferior)}"
         return finding(points, at, f"federated is more than {margin} worse than centralized: {numbers}", test, False)
-    return finding(points, at, f"not shown: that {claim}; {numbers}", test, False)
+    return finding(points, at, f"not shown: that {claim}; {numbers}", test, None)
 
 
 def _against(points: Points, at: At, row: str) -> Finding:
@@ -95,7 +95,7 @@ def compared(
         return f"not shown: that {one} differs from {other}; {seed}it is {apart}", untested([found.difference]), None
     test = f"paired two-sided t over {seeds_of(found.difference)}, {p_value(p)}{f' (Holm over {of})' if of > 1 else ''}"
     if not p < LEVEL:
-        return f"not shown: that {one} differs from {other}; it is {apart}", test, False
+        return f"not shown: that {one} differs from {other}; it is {apart}", test, None
     size, word, bracket = parted(found.difference, points.metric, points.better)
     return f"{one} is {word} than {other} by {size}{bracket}", test, True
 
@@ -127,7 +127,7 @@ def _methods(points: Points, rest: At, group: list[At]) -> Iterator[Finding]:
         ps = ", ".join(f"{a}, {b}: {p_of(p, found.difference)}" for a, b, found, p in left if found.n > 1)
         counts = sorted({found.n for _, _, found, _ in left})
         seeds = over(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-        yield finding(points, rest, text, f"paired two-sided t over {seeds}, Holm over {of}: {ps}", False)
+        yield finding(points, rest, text, f"paired two-sided t over {seeds}, Holm over {of}: {ps}", None)
     else:
         yield finding(points, rest, text, untested(found.difference for _, _, found, _ in left), None)
 

@@ -119,7 +119,7 @@ def _line(study: Study, points: Points, rest: At) -> Iterator[Finding]:
         where = since(line, ordered(points.part.axes[line], against), worse, [drop.value for drop in found])
         yield finding(points, rest, f"{who} is worse {where}; {at_worst}, its worst{rise}", test, True)
     else:
-        yield finding(points, rest, f"not shown: that {who} gets worse along {line}; at worst, {at_worst}{rise}", test, False)
+        yield finding(points, rest, f"not shown: that {who} gets worse along {line}; at worst, {at_worst}{rise}", test, None)
     if "aggregate" not in rest or not _attackers(points):  # else that was said of all aggregates at once
         yield _kept(study, points, rest, found, setting)
 
@@ -132,7 +132,7 @@ def _kept(study: Study, points: Points, rest: At, found: list[Drop], setting: st
     fine = [drop for drop in found if drop.kept < LEVEL]
     claim = f"{ROWS.get(points.main, points.main)} {metric_of(points.metric).label} is less than {margin} worse"
     if not fine:
-        return finding(points, rest, f"not shown for any {line} but {shown(points.part.against)}: that {claim}", test, False)
+        return finding(points, rest, f"not shown for any {line} but {shown(points.part.against)}: that {claim}", test, None)
     each = listed([f"{shown(drop.value)} by {with_interval(drop.loss.difference, points.metric)}" for drop in fine])
     left = [shown(drop.value) for drop in found if drop not in fine]
     others = f"; not shown at {line} {listed(left)}" if left else ""
@@ -182,7 +182,7 @@ def _methods(points: Points) -> Iterator[Finding]:
             text = f"method {least} loses less than {listed(beaten)} {where}{more}: {each}"
         else:
             text = f"not shown: that method {least}, which loses least, loses less than another {where}: {each}"
-        yield finding(points, rest, text, test, bool(beaten))
+        yield finding(points, rest, text, test, bool(beaten) or None)
 
 
 def _aggregates(study: Study, points: Points, attackers: str) -> Iterator[Finding]:
@@ -234,7 +234,7 @@ def _survivors(
                               ("collapse", gone, beyond)):  # fmt: skip
         each_p = ", ".join(f"{name} {p_of(p, excess[name])}" for name, p in ps.items())
         test += f"; {asked}, Holm over {tests(ps.values())}: {each_p}"
-    return finding(points, rest, "; ".join(said), test, bool(fine))
+    return finding(points, rest, "; ".join(said), test, True if fine else None if left else False)
 
 
 def _reference(points: Points, at: At, attackers: str, none: Value | None) -> At:

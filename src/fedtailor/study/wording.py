@@ -24,7 +24,7 @@ class Finding:
     asks: Asks
     text: str
     test: str  # "paired one-sided t over 5 seeds, p = .003, margin 2.0 points"; "none: one seed"
-    holds: bool | None  # whether what was asked is shown; None: nothing was tested
+    holds: bool | None  # what was asked is shown; the contrary is; None: neither, or nothing was tested ("none: ...")
 
 
 def finding(points: Points, at: At, text: str, test: str, holds: bool | None) -> Finding:
