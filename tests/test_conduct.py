@@ -72,7 +72,7 @@ def test_a_part_more_and_a_row_more_run_what_is_missing_alone(tmp_path: Path) ->
     seen: list[str] = []
     more = a_study(LOST, CLOSE, seeds=(0,))
     conduct.conduct(more, tmp_path, each=lambda cell: seen.append(cell.label))
-    assert seen == ["lost (method prefix, dropout 0.0), seed 0", "close (method lora), seed 0"]
+    assert seen == ["lost (method prefix, dropout 0), seed 0", "close (method lora), seed 0"]
     assert file.stat().st_mtime_ns == before
     assert len(measured.read(more, tmp_path)) == 6
 
@@ -99,8 +99,8 @@ def test_a_failed_cell_is_told_and_tried_again(tmp_path: Path) -> None:
     study = a_study({"name": "lost", "axes": {"dropout": [1.0, 0.0]}}, seeds=(0,))
     told = conduct.conduct(study, tmp_path)
     assert told.done == 1
-    assert list(told.failed) == ["lost (dropout 1.0), seed 0"]
-    assert "no reply of 3 silos could be used" in told.failed["lost (dropout 1.0), seed 0"]
+    assert list(told.failed) == ["lost (dropout 1), seed 0"]
+    assert "no reply of 3 silos could be used" in told.failed["lost (dropout 1), seed 0"]
     assert conduct.failures(study, tmp_path) == told.failed
     assert [one.at for one in measured.read(study, tmp_path)] == [{"dropout": 0.0}]
     assert conduct.conduct(study, tmp_path).failed == told.failed, "the same again: it was tried"

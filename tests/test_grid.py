@@ -109,7 +109,7 @@ def test_the_line_and_what_it_is_compared_with() -> None:
         ([{"name": "p"}, {"name": "p"}], "two parts are named 'p'"),
         ([{"name": "p", "axes": {"dropuot": [0.1]}}], "no axis 'dropuot'; did you mean 'dropout'"),
         ([{"name": "p", "axes": {"dropout": []}}], "one or more values"),
-        ([{"name": "p", "axes": {"dropout": [0.1, 2.0]}}], "[[part]] p (dropout 2.0): [faults] dropout"),
+        ([{"name": "p", "axes": {"dropout": [0.1, 2.0]}}], "[[part]] p (dropout 2): [faults] dropout: "),
         ([{"name": "p", "axes": {"where": ["even", "nowhere"]}}], "no [choice.where.nowhere]"),
         ([{"name": "p", "along": "y", "axes": {"dropout": [0.1]}}], "along: no axis 'y'"),
         ([{"name": "p", "reference": 7, "axes": {"dropout": [0.1]}}], "reference: 7 is no value"),

@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(fedtailor: Command, file: Path, arguments: list[s
 def test_a_failed_run_is_named_and_the_rest_is_reported(fedtailor: Command, file: Path) -> None:
     file.write_text(STUDY + '[[part]]\nname = "lost"\naxes = { dropout = [0.0, 1.0] }\n')
     ended = fedtailor("study", file)
-    fails(ended, 1, "1 runs failed, first lost (dropout 1.0), seed 0: round 1: no reply of 3 silos", "once mended, the")
+    fails(ended, 1, "1 runs failed, first lost (dropout 1), seed 0: round 1: no reply of 3 silos", "once mended, the")
     assert "report: runs/small/report.html" in ended.out
 
 

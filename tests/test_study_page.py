@@ -12,8 +12,7 @@ import studies
 from fedtailor.errors import RunError
 from fedtailor.files import write_json
 from fedtailor.study import page
-from fedtailor.study.grid import Study
-from fedtailor.study.points import shown
+from fedtailor.study.grid import Study, shown
 from shown_studies import everything
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from fedtailor.figures import metric_of, number
 from fedtailor.study import costs, efficiency, marks, panels
 from fedtailor.study.compare import Interval, interval
-from fedtailor.study.grid import Part, Study
+from fedtailor.study.grid import At, Part, Study, shown
 from fedtailor.study.measured import Found
-from fedtailor.study.points import OWN, At, Points, gather, shown
+from fedtailor.study.points import OWN, Points, gather
 from fedtailor.study.series import ROW, Dimension, batches, dimensions, label_of, places, split, told
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedtailor.figures import duration, is_number, metric_of, size
 from fedtailor.study import efficiency, marks
+from fedtailor.study.grid import At
 from fedtailor.study.panels import Curves, Level, Spot
-from fedtailor.study.points import UNSENT, UNTRAINED, At
+from fedtailor.study.points import UNSENT, UNTRAINED
 from fedtailor.study.series import ROW, Dimension, label_of, split, told
 
 if TYPE_CHECKING:

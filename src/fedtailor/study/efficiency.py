@@ -16,10 +16,10 @@ from typing import Any
 
 from fedtailor.figures import ROWS, duration, is_number, metric_of, number, size
 from fedtailor.study.compare import LEVEL, Interval, interval
-from fedtailor.study.grid import Study
+from fedtailor.study.grid import At, Study, named
 from fedtailor.study.measured import Found
 from fedtailor.study.performance import pairs
-from fedtailor.study.points import UNSENT, UNTRAINED, At, Points, named
+from fedtailor.study.points import UNSENT, UNTRAINED, Points
 from fedtailor.study.wording import Finding, finding, flipped, listed, over, p_of, tests, untested
 
 Spent = tuple[float, float]  # bytes up and down, seconds

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fedtailor.figures import ROWS
 from fedtailor.study import efficiency, performance, robustness
-from fedtailor.study.grid import Study
+from fedtailor.study.grid import Study, named
 from fedtailor.study.measured import Found
-from fedtailor.study.points import BACKDOOR, Points, gather, named
+from fedtailor.study.points import BACKDOOR, Points, gather
 from fedtailor.study.wording import Finding, finding, listed, over, with_interval
 
 __all__ = ["Finding", "findings"]

@@ -35,6 +35,7 @@ from fedtailor.figures import METRICS
 from fedtailor.files import as_folder
 
 Value = str | float | int
+At = Mapping[str, Value]  # axis -> value: a point of a part's grid
 Overlay = Mapping[str, Any]  # dotted path of a setting -> its value
 Asks = Literal["performance", "efficiency", "robustness"]
 
@@ -98,20 +99,32 @@ class Part:
         return self.reference if self.reference is not None else next(iter(values), None)
 
 
+def named(at: At) -> str:
+    """method lora, alpha 0.1"""
+    return ", ".join(f"{axis} {shown(value)}" for axis, value in at.items())
+
+
+def shown(value: Any) -> str:
+    """An axis' value wherever it is read: 0.3, 100, 1.23456 as they are; of 1 / 7, which has no end, 0.143."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value or abs(value) >= 1000 else f"{value:.3g}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One experiment and one seed, as a part asks for it. Parts may share the folder that it is run in."""
 
     part: Part
-    at: Mapping[str, Value]  # axis -> value
+    at: At
     seed: int
     experiment: Experiment
     key: str  # of its content: the folder's name
 
     @property
     def label(self) -> str:
-        where = ", ".join(f"{axis} {value}" for axis, value in self.at.items())
-        return f"{self.part.name}{f' ({where})' if where else ''}, seed {self.seed}"
+        return f"{self.part.name}{f' ({named(self.at)})' if self.at else ''}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -233,7 +246,7 @@ def _cells(part: Part, head: _Head, base: Any, place: str, folder: Path, errors:
         laid: dict[str, Any] = {}
         for overlay in (flat(part.set), *(overlays[axis][value] for axis, value in at.items())):
             laid |= {**overlay, REMOVE: [*laid.get(REMOVE, ()), *overlay.get(REMOVE, ())]}
-        told = ", ".join(f"{axis} {value}" for axis, value in at.items())
+        told = named(at)
         try:
             one = experiments.parse(_laid(start, laid, folder), f"{where}{f' ({told})' if told else ''}")
         except UserError as error:

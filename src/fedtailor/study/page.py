@@ -21,10 +21,9 @@ from fedtailor.errors import RunError
 from fedtailor.figures import clean, duration, is_number
 from fedtailor.files import placeless, read_json
 from fedtailor.study import charts, conduct, findings, tables
-from fedtailor.study.grid import Asks, Part, Study
+from fedtailor.study.grid import Asks, Part, Study, named, shown
 from fedtailor.study.marks import plain
 from fedtailor.study.measured import Found
-from fedtailor.study.points import named, shown
 from fedtailor.study.series import label_of
 
 QUESTIONS: Mapping[Asks, tuple[str, str]] = {

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 
 from fedtailor.figures import ROWS, metric_of, number
 from fedtailor.study.compare import LEVEL, Paired, holm, interval, non_inferior, paired
-from fedtailor.study.grid import Study
-from fedtailor.study.points import OWN, At, Points, shown
+from fedtailor.study.grid import At, Study, shown
+from fedtailor.study.points import OWN, Points
 from fedtailor.study.wording import (
     Finding,
     amount,

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from fedtailor import figures
 from fedtailor.figures import is_number
 from fedtailor.study import measured
 from fedtailor.study.compare import Interval, interval
-from fedtailor.study.grid import Part, Study, Value
+from fedtailor.study.grid import At, Part, Study, Value, named
 from fedtailor.study.measured import Found
 
-At = Mapping[str, Value]  # axis -> value
 Key = tuple[tuple[str, Value], ...]
 OWN = "alone.own"  # each silo's own model on its own rows, of the row "alone"
 BACKDOOR = "attack_success"  # the metric that a backdoor has beside the others
@@ -94,19 +92,6 @@ class Points:
 
 def key(at: At) -> Key:
     return tuple(at.items())
-
-
-def named(at: At) -> str:
-    """method lora, alpha 0.1"""
-    return ", ".join(f"{axis} {shown(value)}" for axis, value in at.items())
-
-
-def shown(value: Any) -> str:
-    """An axis' value wherever it is read: 0.3, 100, 1.23456 as they are; of 1 / 7, which has no end, 0.143."""
-    if not isinstance(value, float):
-        return str(value)
-    short = f"{value:g}"
-    return short if float(short) == value or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def gather(study: Study, part: Part, found: Iterable[Found]) -> Points:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from fedtailor.figures import ROWS, metric_of, number
 from fedtailor.study.compare import LEVEL, NAN, Paired, exceeds, holm, interval, paired
-from fedtailor.study.grid import Study, Value
+from fedtailor.study.grid import At, Study, Value, named, shown
 from fedtailor.study.performance import pairs
-from fedtailor.study.points import At, Points, named, ordered, shown
+from fedtailor.study.points import Points, ordered
 from fedtailor.study.wording import (
     Finding,
     amount,

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fedtailor.figures import ROWS, is_number, words
-from fedtailor.study.grid import Part, Value
+from fedtailor.study.grid import At, Part, Value, shown
 from fedtailor.study.marks import plain
-from fedtailor.study.points import At, shown
 
 ROW = "row"  # the axis that the rows of a part make
 FEW = 4  # lines that share one plot, whatever tells them apart

@@ -16,9 +16,9 @@ from fedtailor.study import efficiency
 from fedtailor.study.compare import LEVEL, Interval, non_inferior
 from fedtailor.study.efficiency import Costs
 from fedtailor.study.flops import SILOS, STEPS
-from fedtailor.study.grid import Study, Value
+from fedtailor.study.grid import At, Study, Value, named, shown
 from fedtailor.study.measured import Found
-from fedtailor.study.points import BACKDOOR, UNSENT, UNTRAINED, At, Points, gather, key, named, shown
+from fedtailor.study.points import BACKDOOR, UNSENT, UNTRAINED, Points, gather, key
 from fedtailor.study.robustness import drops
 from fedtailor.study.wording import over
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from fedtailor.figures import number
 from fedtailor.study.compare import Interval
-from fedtailor.study.grid import Asks
-from fedtailor.study.points import At, Points, named
+from fedtailor.study.grid import Asks, At, named
+from fedtailor.study.points import Points
 
 # Shares of 1 whose differences are said in points of 0.01.
 SHARES = ("accuracy", "macro_f1", "exact_match", "recall_at_5", "share of quality")
