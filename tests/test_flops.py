@@ -14,8 +14,7 @@ def test_the_estimate_is_near_what_is_counted(method: str) -> None:
     one = asked(f"method.name={method}", "rounds=3")
     told = flops.of(one, *preparing.prepare(one))
     assert told["steps"] == 3 * 3 * 2, "rounds, silos, local steps"
-    # attention is in the estimate alone: much in a model as narrow as this one
-    assert 0.95 < told["estimated_step"] / told["measured_step"] < 1.6
+    assert 0.95 < told["estimated_step"] / told["measured_step"] < 1.1
 
 
 def test_all_weights_cost_half_as_much_again_as_an_adapter() -> None:

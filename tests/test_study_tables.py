@@ -61,7 +61,7 @@ def test_of_costs() -> None:
     assert shown(compute)[0] == ["prefix, federated", "1.8 k", "700 MB"]
 
 
-def test_flops_are_counted_without_attention() -> None:
+def test_flops_are_counted_and_estimated() -> None:
     one = study(MAIN, seeds=(0,))
     told = found(one, given_main)
     assert "counted" not in tables(one, told)[2].note
@@ -70,7 +70,7 @@ def test_flops_are_counted_without_attention() -> None:
     compute = tables(one, told)[2]
     assert compute.head[2:4] == ("FLOPs, estimated", "FLOPs, counted")
     assert shown(compute)[0][2:4] == ["4.0 k", "3.0 k"]
-    assert "of 2 steps of 3 silos at most, attention apart, times all steps" in compute.note
+    assert "of 2 steps of 3 silos at most, times all steps" in compute.note
 
 
 def test_a_target_that_is_not_reached() -> None:

@@ -22,6 +22,7 @@ def reset() -> bool:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # other processes may share the card
         torch.cuda.reset_peak_memory_stats()
     try:
         CLEAR.write_text("5")  # resets the high-water mark of resident memory: proc(5)

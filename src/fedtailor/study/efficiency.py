@@ -43,7 +43,7 @@ class Costs:
     memory: Interval  # MB, the peak of the process
     energy: Interval  # Wh
     energy_how: str  # how that is known
-    flops: Mapping[str, Interval]  # estimated (with attention), measured (counted, without it): of all local steps
+    flops: Mapping[str, Interval]  # estimated, measured (counted): of all local steps
     until: Mapping[int, Spent | None]  # by seed, until the target; None: never reached
 
     @property
@@ -220,7 +220,6 @@ def _estimated(points: Points, mine: Sequence[Costs]) -> Iterator[Finding]:
     if both:
         shares = [one.flops["estimated"].mean / one.flops["measured"].mean for one in both]
         text = f"FLOPs as estimated are {min(shares):.2f} to {max(shares):.2f} of those counted, over {len(both)} points"
-        text += "; attention is in the estimate alone"
         yield finding(points, {}, text, "none: counts", None)
 
 

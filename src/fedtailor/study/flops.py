@@ -18,11 +18,12 @@ def of(experiment: Experiment, loaded: Loaded, resident: Resident) -> dict[str, 
     """`measured_step`, `estimated_step`: operations (a multiply-add is two) of one local step of one silo, the mean over a few;
     `steps`: of the row `federated` in all. Empty for methods that do not train by local steps.
 
-    Measured are matrix products as dispatched (`torch.utils.flop_counter`), attention apart, for which the counter has no rule on
-    a CPU. Estimated, for T places of a batch of rows L long, N weights in the base's matrices without its embeddings, n of them
+    Measured are matrix products as dispatched (`torch.utils.flop_counter`), those of attention too: it is computed from plain
+    ones here, since the counter has no rule for a CPU's fused kernel. Estimated, for T places of a batch of rows L long, N weights in the base's matrices without its embeddings, n of them
     trained, and h wide layers: T (4 N + 2 n) for weights, since a frozen one needs no gradient, and 12 T L h a layer for
     attention (Kaplan et al. 2020, arXiv 2001.08361, count so; a backward pass costs two forward ones).
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     method = experiment.method
@@ -39,7 +40,7 @@ def of(experiment: Experiment, loaded: Loaded, resident: Resident) -> dict[str, 
         for step in training.draw(resident, rows, how, number, tuned.shift)
         for batch in step
     ]
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for number, rows in enumerate(silos):
             training.train(resident, tuned, start, [(rows, number)], how, [{}])
     steps = len(silos) * STEPS

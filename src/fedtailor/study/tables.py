@@ -190,8 +190,8 @@ def _computed(points: Points, told: Sequence[Costs], first: str) -> Table:
     how = ", ".join(dict.fromkeys(one.energy_how for one in told if one.energy_how))
     note = "Means over seeds. FLOPs: of all local steps of all silos; "
     if any(one.flops["measured"].n for one in told):
-        note += f"counted: matrix products as torch dispatches them, of {STEPS} steps of {SILOS} silos at most, attention apart, "
-        note += "times all steps; estimated: from sizes, with attention. "
+        note += f"counted: matrix products as torch dispatches them, of {STEPS} steps of {SILOS} silos at most, "
+        note += "times all steps; estimated: from sizes. "
     else:
         note += "estimated from sizes. "
     note += "Memory: of the process, all silos in one. "
