@@ -19,9 +19,10 @@ def of(experiment: Experiment, loaded: Loaded, resident: Resident) -> dict[str, 
     `steps`: of the row `federated` in all. Empty for methods that do not train by local steps.
 
     Measured are matrix products as dispatched (`torch.utils.flop_counter`), those of attention too: it is computed from plain
-    ones here, since the counter has no rule for a CPU's fused kernel. Estimated, for T places of a batch of rows L long, N weights in the base's matrices without its embeddings, n of them
-    trained, and h wide layers: T (4 N + 2 n) for weights, since a frozen one needs no gradient, and 12 T L h a layer for
-    attention (Kaplan et al. 2020, arXiv 2001.08361, count so; a backward pass costs two forward ones).
+    ones here, since the counter has no rule for a CPU's fused kernel. Estimated, for T places of a batch of rows L long, N
+    weights in the base's matrices without its embeddings, n of them trained, and h wide layers: T (4 N + 2 n) for weights, since
+    a frozen one needs no gradient, and 12 T L h a layer for attention (Kaplan et al. 2020, arXiv 2001.08361, count so; a
+    backward pass costs two forward ones).
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
