@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is: batches are made by hand, and figures compared, on the CPU
 
 from collections.abc import Callable, Iterator
 from functools import cache
