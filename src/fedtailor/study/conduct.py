@@ -37,9 +37,14 @@ class Held:
 
     loaded: OrderedDict[str, rows_of.Loaded] = field(default_factory=OrderedDict)
 
-    def prepared(self, experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
+    @staticmethod
+    def key(experiment: Experiment) -> str:
+        """Of how rows are dealt."""
         table = as_table(experiment)
-        key = json.dumps([table["data"], table["silo"], table["seeds"]], sort_keys=True)
+        return json.dumps([table["data"], table["silo"], table["seeds"]], sort_keys=True)
+
+    def prepared(self, experiment: Experiment) -> tuple[rows_of.Loaded, models.Resident]:
+        key = self.key(experiment)
         found, resident = preparing.prepare(experiment, at_hand=self.loaded.get(key))
         self.loaded[key] = found
         self.loaded.move_to_end(key)

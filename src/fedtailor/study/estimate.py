@@ -35,6 +35,15 @@ class Work:
     down: int
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of the rows of one deal."""
+
+    silos: int
+    val: int  # rows
+    test: int
+
+
 @dataclass
 class Cost:
     """Of the cells that are not finished yet."""
@@ -51,7 +60,9 @@ def of(study: Study, root: Path, held: Held | None = None) -> dict[str, Cost]:
     """By part. A cell that parts share counts for the first."""
     held = held or Held()
     found = {part.name: Cost() for part in study.parts}
-    rates: dict[str, tuple[float, float]] = {}
+    rates: dict[str, tuple[float, float]] = {}  # by kind
+    replies: dict[str, int] = {}  # by method: bytes
+    sizes: dict[str, Sizes] = {}  # by how rows are dealt: hundreds of cells share some tens of deals
     for cell in study.runs():
         cost = found[cell.part.name]
         rows = missing_rows(folder_of(root, cell), cell.experiment.rows)
@@ -64,13 +75,18 @@ def of(study: Study, root: Path, held: Held | None = None) -> dict[str, Cost]:
             cost.seconds += seconds or 0.0
             cost.unknown += seconds is None
             continue
-        loaded, resident = held.prepared(cell.experiment)
-        kind = _kind(cell.experiment)
-        if kind not in rates:
-            rates[kind] = _rates(cell.experiment, loaded, resident)
+        kind, method, deal = _kind(cell.experiment), _method(cell.experiment), Held.key(cell.experiment)
+        if kind not in rates or method not in replies or deal not in sizes:
+            loaded, resident = held.prepared(cell.experiment)
+            sizes[deal] = _sizes(loaded)
+            if kind not in rates:
+                rates[kind] = _rates(cell.experiment, loaded, resident)
+            if method not in replies:
+                labels = max(len(rows.labels) for rows in loaded.silos.values())
+                replies[method] = len(wire.pack(cell.experiment.method.example(resident, labels)))
         train, score = rates[kind]
         for row in rows:
-            work = _work(cell.experiment, row, loaded, resident)
+            work = _work(cell.experiment, row, sizes[deal], replies[method])
             cost.seconds += work.trained * train + work.scored * score
             cost.up += work.up
             cost.down += work.down
@@ -95,26 +111,31 @@ def _like(study: Study, root: Path, cell: Cell) -> float | None:
     return sum(took) / len(took) if took else None
 
 
-def _work(experiment: Experiment, row: str, loaded: rows_of.Loaded, resident: models.Resident) -> Work:
-    method = experiment.method_of(row)
-    silos, rounds = len(loaded.silos), experiment.rounds
+def _method(experiment: Experiment) -> str:
+    """What decides how many bytes a reply has."""
+    table = as_table(experiment)
+    return f"{table['model']} {table['method']} {table['data'].get('labels')}"
+
+
+def _sizes(loaded: rows_of.Loaded) -> Sizes:
     val, test = (sum(len(getattr(rows, part)) for rows in loaded.silos.values()) for part in ("val", "test"))
+    return Sizes(len(loaded.silos), val, test)
+
+
+def _work(experiment: Experiment, row: str, sizes: Sizes, reply: int) -> Work:
+    """Down go the same tensors as up, so it is taken for as many bytes."""
+    method = experiment.method_of(row)
+    silos, rounds = sizes.silos, experiment.rounds
     if row in UNTRAINED:
-        return Work(0, test, 0, 0)
+        return Work(0, sizes.test, 0, 0)
     validations = 1 + rounds // experiment.evaluate.every + bool(rounds % experiment.evaluate.every)
     steps = rounds * method.local_steps * method.batch_size * method.accumulate
     if row == "alone":
-        return Work(steps * silos, validations * val + silos * test, *_bytes(method, resident, loaded, rounds * silos))
+        sent = reply * rounds * silos
+        return Work(steps * silos, validations * sizes.val + silos * sizes.test, sent, sent)
     here = drawn(silos, experiment.participation)
-    asked = rounds * (here if row == "federated" else 1)
-    return Work(steps * here, validations * val + test, *_bytes(method, resident, loaded, asked))
-
-
-def _bytes(method: Any, resident: models.Resident, loaded: rows_of.Loaded, asked: int) -> tuple[int, int]:
-    """Up and down. Down go the same tensors, so it is taken for as much."""
-    labels = max(len(rows.labels) for rows in loaded.silos.values())
-    size = len(wire.pack(method.example(resident, labels))) * asked
-    return size, size
+    sent = reply * rounds * (here if row == "federated" else 1)
+    return Work(steps * here, validations * sizes.val + sizes.test, sent, sent)
 
 
 def _rates(experiment: Experiment, loaded: rows_of.Loaded, resident: models.Resident) -> tuple[float, float]:
