@@ -38,6 +38,16 @@ def test_lines_say_each_event_and_a_bar_with_time_left() -> None:
     assert len(said) == 3, "what is done has no time left to tell"
 
 
+def test_what_goes_wrong_is_said_though_the_rest_is_hushed() -> None:
+    said: list[str] = []
+    progress.show(progress.Lines(said.append))
+    with progress.hushed(), progress.hushed():
+        progress.line("round 1")
+        progress.aloud("tracking stops here")
+    progress.line("done")
+    assert said == ["tracking stops here", "done"]
+
+
 def test_a_quick_bar_says_nothing() -> None:
     said: list[str] = []
     progress.show(progress.Lines(said.append, gap=3600.0))

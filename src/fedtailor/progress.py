@@ -26,6 +26,7 @@ class Silent:
 
 class _Hushed(Silent):
     def __init__(self, loud: Shown) -> None:
+        self.loud = loud
         self.bar = loud.bar  # type: ignore[method-assign]
 
 
@@ -109,6 +110,14 @@ def hushed() -> Iterator[None]:
 
 def line(text: str) -> None:
     _shown.line(text)
+
+
+def aloud(text: str) -> None:
+    """A line that is told though others are hushed: what goes wrong, and holds for all that comes."""
+    shown = _shown
+    while isinstance(shown, _Hushed):
+        shown = shown.loud
+    shown.line(text)
 
 
 def bar(label: str, total: int) -> Any:

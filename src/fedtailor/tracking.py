@@ -119,7 +119,7 @@ class Row:
             self.tracker = None
             to(None)
             why = printable(str(error).strip().partition("\n")[0]) or "no reason given"
-            progress.line(f"tracking stops here, the run goes on: {self.by}: {type(error).__name__}: {why}")
+            progress.aloud(f"tracking stops here, the run goes on: {self.by}: {type(error).__name__}: {why}")
 
 
 @contextlib.contextmanager
