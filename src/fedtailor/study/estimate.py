@@ -56,9 +56,9 @@ class Cost:
     down: int = 0
 
 
-def of(study: Study, root: Path, held: Held | None = None) -> dict[str, Cost]:
+def of(study: Study, root: Path) -> dict[str, Cost]:
     """By part. A cell that parts share counts for the first."""
-    held = held or Held()
+    held = Held()
     found = {part.name: Cost() for part in study.parts}
     rates: dict[str, tuple[float, float]] = {}  # by kind
     replies: dict[str, int] = {}  # by method: bytes
@@ -114,7 +114,7 @@ def _like(study: Study, root: Path, cell: Cell) -> float | None:
 def _method(experiment: Experiment) -> str:
     """What decides how many bytes a reply has."""
     table = as_table(experiment)
-    return f"{table['model']} {table['method']} {table['data'].get('labels')}"
+    return f"{table['model']} {table['method']} {table['data']['source']} {table['data'].get('labels')}"
 
 
 def _sizes(loaded: rows_of.Loaded) -> Sizes:
