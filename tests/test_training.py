@@ -161,7 +161,7 @@ def test_ten_steps_are_those_of_torchs_optimizers(llama: Resident, written: Silo
     tuned, start = prepared(llama, METHODS[kind], 0)
     done = train(llama, tuned, start, [(data, SEED)], how, [{}])
     for n, t in expected.items():
-        assert torch.allclose(done.tensors[n][0], t, atol=2e-6), n
+        assert torch.allclose(done.tensors[n][0], t, atol=1e-5), n  # of steps that move by 1e-3 and more; rounding differs by CPU
     assert max((t - start[n]).abs().max().item() for n, t in expected.items()) > 1e-3
     assert done.loss[0] == pytest.approx(loss, rel=1e-5)
 

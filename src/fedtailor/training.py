@@ -6,6 +6,7 @@ silos; what is not elementwise (gradients, the norm to clip) is computed per sil
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedtailor import progress
+from fedtailor import pieces, progress
 from fedtailor.answering import trainable
 from fedtailor.data import SiloData
 from fedtailor.errors import SiloError
@@ -154,36 +155,61 @@ def _plain(
 ) -> tuple[Tensors, Tensor, Tensor]:
     """Gradient of one silo's summed loss by ordinary autograd: the reference for the cohort step."""
     leaves = {n: t[0].detach().requires_grad_() for n, t in tensors.items()}
-    some = batches[0].to(resident.device)
-    if seed is None:
-        nll, seen = tuned.losses(joined(leaves, fixed), some)
-        found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
-    else:
-        with tuned.dropping(seed):
-            nll, seen = tuned.losses(joined(leaves, fixed), some)
-            found = torch.autograd.grad(nll, list(leaves.values()), allow_unused=True)
-    if all(g is None for g in found):
+    # dropout's masks are drawn for the whole batch
+    parts = pieces.parts(batches[0], resident.pad_id, resident.device) if seed is None else [batches[0]]
+    grads = {n: torch.zeros_like(t) for n, t in leaves.items()}
+    nll, seen, reached = torch.zeros(()), torch.zeros(()), False
+    for part in parts:
+        some = part.to(resident.device)
+        with contextlib.nullcontext() if seed is None else tuned.dropping(seed):
+            part_nll, part_seen = tuned.losses(joined(leaves, fixed), some)
+            found = torch.autograd.grad(part_nll, list(leaves.values()), allow_unused=True)
+        for n, g in zip(leaves, found, strict=True):
+            if g is not None:
+                grads[n], reached = grads[n] + g, True
+        nll, seen = nll + part_nll.detach().cpu(), seen + part_seen.cpu()
+    if not reached:
         raise SiloError("no gradient reaches what is trained: the base's layers let none through; choose another base or method")
-    grads = {
-        n: (torch.zeros_like(t) if g is None else g)[None] for (n, t), g in zip(leaves.items(), found, strict=True)
-    }
-    return grads, nll.detach().cpu()[None], seen.cpu()[None]
+    return {n: g[None] for n, g in grads.items()}, nll[None], seen[None]
 
 
 def _cohort(
     tuned: Tuned, tensors: Tensors, fixed: Tensors, batches: Sequence[Batch], resident: Resident, seed: int | None
 ) -> tuple[Tensors, Tensor, Tensor]:
-    """The same for S silos in one pass over the shared base: `vmap` over stacked tensors and batches."""
-    some = stack(list(batches), resident.pad_id).to(resident.device)
+    """The same for S silos in one pass over the shared base: `vmap` over stacked tensors and batches.
+
+    Where rows are cut into pieces, each row is a lane of its own with its silo's tensors: rows of all silos are sorted by
+    length together, and gradients added up for each silo.
+    """
+    count = sum(t[0].numel() for t in tensors.values())
+    lanes = pieces.LANES // max(1, count)
+    if lanes < pieces.LEAST or not pieces.worth(batches, resident.device):
+        some = stack(list(batches), resident.pad_id).to(resident.device)
+        grads, (nll, seen) = _each(tuned, tensors, fixed, some)
+        return grads, nll.detach().cpu(), seen.cpu()
+    grads = {n: torch.zeros_like(t) for n, t in tensors.items()}
+    nll, seen = torch.zeros(len(batches)), torch.zeros(len(batches))
+    for piece, owner in pieces.cut(batches, resident.pad_id, lanes):
+        fields = (getattr(piece, name) for name in Batch.__dataclass_fields__)
+        rows = Batch(*(f[:, None] if f.numel() else f.expand(len(owner), 0) for f in fields))  # (R, 1, T)
+        more, (part_nll, part_seen) = _each(tuned, {n: t[owner] for n, t in tensors.items()}, fixed, rows)
+        for n, g in more.items():
+            grads[n].index_add_(0, owner, g)
+        nll.index_add_(0, owner, part_nll.detach())
+        seen.index_add_(0, owner, part_seen.float())
+    return grads, nll, seen
+
+
+def _each(tuned: Tuned, tensors: Tensors, fixed: Tensors, batches: Batch) -> tuple[Tensors, tuple[Tensor, Tensor]]:
+    """Gradients, summed loss and places of each lane: tensors (L, ...), batches (L, B, T)."""
 
     def summed(mine: Tensors, *fields: Tensor) -> tuple[Tensor, Tensor]:
         return tuned.losses(joined(mine, fixed), Batch(*fields))
 
     each = torch.func.vmap(torch.func.grad_and_value(summed, has_aux=True))
-    fields = [getattr(some, name) for name in Batch.__dataclass_fields__]
+    fields = [getattr(batches, name) for name in Batch.__dataclass_fields__]
     with sdpa_kernel(SDPBackend.MATH):  # plain matrix products: the fused kernels have no rule for a silo axis
-        grads, (nll, seen) = each(tensors, *fields)
-    return grads, nll.detach().cpu(), seen.cpu()
+        return each(tensors, *fields)
 
 
 def _along(per_silo: Tensor, like: Tensor) -> Tensor:

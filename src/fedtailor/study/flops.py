@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from fedtailor import training
+from fedtailor import pieces, training
 from fedtailor.data import Loaded
 from fedtailor.experiment import Experiment, drawn
 from fedtailor.methods.averaging import Averaging
@@ -36,10 +36,11 @@ def of(experiment: Experiment, loaded: Loaded, resident: Resident) -> dict[str, 
     how = method.local(method.lrs(1, max(experiment.rounds, 1))[:1] * STEPS)
     front = tuned.shift if tuned.prompted else 0
     batches = [
-        batch
+        piece
         for number, rows in enumerate(silos)
         for step in training.draw(resident, rows, how, number, tuned.shift)
         for batch in step
+        for piece in pieces.parts(batch, resident.pad_id, resident.device)
     ]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for number, rows in enumerate(silos):
