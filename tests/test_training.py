@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtailor import training
 from fedtailor.answering import encode
 from fedtailor.data import Row, SiloData
 from fedtailor.errors import SiloError
@@ -19,7 +20,7 @@ from fedtailor.methods.averaging import Averaging
 from fedtailor.methods.full import Full
 from fedtailor.methods.lora import Lora
 from fedtailor.methods.prefix import Prefix
-from fedtailor.models import Resident, resident
+from fedtailor.models import Base, Resident, load, resident
 from fedtailor.tiny import byte_tokenizer, tiny
 from fedtailor.training import Local, Outcome, draw, moments_of, schedule, train
 from fedtailor.tuned import IGNORED, Tensors
@@ -372,3 +373,16 @@ def test_schedule_by_hand() -> None:
 @given(st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 1), st.floats(0, 1))
 def test_a_schedule_stays_between_0_and_1(kind: str, at: float, warmup: float) -> None:
     assert -1e-9 <= schedule(kind, at, warmup) <= 1
+
+
+def test_short_rows_in_bf16_take_plain_attention(written: Silos) -> None:
+    def fused(base: Resident, batch_of: int) -> bool:
+        (batch,) = draw(base, written["shop"], Local((0.1,), batch_size=batch_of), SEED)[0]
+        with training._attention(batch, base):
+            return torch.backends.cuda.flash_sdp_enabled()  # told of every device, whatever its name
+
+    half, whole = (load(Base("tiny", dtype=kind)) for kind in ("bfloat16", "float32"))
+    assert (fused(half, 2), fused(whole, 2)) == (False, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SHORT", 3)
+        assert fused(half, 2)

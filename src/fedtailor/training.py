@@ -24,8 +24,8 @@ from fedtailor.models import Resident
 from fedtailor.tuned import Batch, Tensors, Tuned, joined, stack
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-# Tokens of a row up to which attention is plain matrix products on a CPU: in bf16 the fused kernel's way back takes three
-# times as long for 24 or 64 of them, and less from 256 on; in fp32 both are alike for short rows.
+# Tokens of a row up to which attention in bf16 is plain matrix products on a CPU: the fused kernel's way back takes three
+# times as long for 24 or 64 of them, and less from 256 on. In fp32 both are alike for short rows.
 SHORT = 128
 
 
@@ -164,7 +164,7 @@ def _plain(
     nll, seen, reached = torch.zeros(()), torch.zeros(()), False
     for part in parts:
         some = part.to(resident.device)
-        with _attention(part, resident.device), contextlib.nullcontext() if seed is None else tuned.dropping(seed):
+        with _attention(part, resident), contextlib.nullcontext() if seed is None else tuned.dropping(seed):
             part_nll, part_seen = tuned.losses(joined(leaves, fixed), some)
             found = torch.autograd.grad(part_nll, list(leaves.values()), allow_unused=True)
         for n, g in zip(leaves, found, strict=True):
@@ -176,10 +176,11 @@ def _plain(
     return {n: g[None] for n, g in grads.items()}, nll[None], seen[None]
 
 
-def _attention(batch: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _attention(batch: Any, resident: Resident) -> contextlib.AbstractContextManager[Any]:
     """Which kernels attention may take."""
-    short = device.type == "cpu" and type(batch) is Batch and batch.input_ids.dim() == 2 and batch.input_ids.shape[1] <= SHORT
-    return sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext()
+    half = resident.device.type == "cpu" and resident.module.dtype == torch.bfloat16
+    short = type(batch) is Batch and batch.input_ids.dim() == 2 and batch.input_ids.shape[1] <= SHORT
+    return sdpa_kernel(SDPBackend.MATH) if half and short else contextlib.nullcontext()
 
 
 def _cohort(
