@@ -19,7 +19,7 @@ from fedtailor.methods.prefix import Prefix
 from fedtailor.methods.soft_prompt import SoftPrompt
 from fedtailor.models import Resident
 from fedtailor.training import Local, draw
-from fedtailor.tuned import IGNORED, Batch
+from fedtailor.tuned import IGNORED, Batch, Tensors, Tuned
 
 CPU = torch.device("cpu")
 METHODS = {"prefix": Prefix(virtual_tokens=4), "lora": Lora(rank=2), "soft_prompt": SoftPrompt(virtual_tokens=4), "full": Full()}
@@ -129,14 +129,19 @@ def test_gradients_add_up(
     assert len(taken) == 1 + len(batches)
 
 
+def prefixed(base: Resident, silos: Mapping[str, SiloData]) -> tuple[Tuned, Tensors, list[Batch]]:
+    """A prefix as it starts, and a batch of each silo."""
+    tuned = METHODS["prefix"].put_on(base, 0)
+    batches = [draw(base, data, Local((0.1,), batch_size=3), 7, tuned.shift)[0][0] for data in silos.values()]
+    return tuned, METHODS["prefix"].initial(base, tuned, 3), batches
+
+
 def test_tensors_too_large_for_a_copy_a_row_are_taken_silo_by_silo(
     llama: Resident, written: Mapping[str, SiloData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "room", lambda: 40)
-    tuned = METHODS["prefix"].put_on(llama, 0)
-    start = METHODS["prefix"].initial(llama, tuned, 3)
+    tuned, start, batches = prefixed(llama, written)
     tensors = {n: torch.stack([t] * 3) for n, t in start.items()}
-    batches = [draw(llama, data, Local((0.1,), batch_size=3), 7, tuned.shift)[0][0] for data in written.values()]
     most: list[int | None] = []
     cut = pieces.cut
     monkeypatch.setattr(pieces, "cut", lambda some, pad, rows=None: most.append(rows) or cut(some, pad, rows))
@@ -151,10 +156,8 @@ def test_a_silo_that_fails_leaves_the_others_alone(
     llama: Resident, written: Mapping[str, SiloData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "room", lambda: 40)
-    tuned = METHODS["prefix"].put_on(llama, 0)
-    start = METHODS["prefix"].initial(llama, tuned, 3)
+    tuned, start, batches = prefixed(llama, written)
     tensors = {n: torch.stack([t, t * float("nan"), t]) for n, t in start.items()}
-    batches = [draw(llama, data, Local((0.1,), batch_size=3), 7, tuned.shift)[0][0] for data in written.values()]
     grads, nll, _ = training._cohort(tuned, tensors, {}, batches, llama, None)
     assert nll.isfinite().tolist() == [True, False, True]
     assert all(bool(g[[0, 2]].isfinite().all()) for g in grads.values())

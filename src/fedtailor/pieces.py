@@ -43,9 +43,8 @@ def parts(batch: Batch, pad_id: int, device: torch.device) -> list[Batch]:
 def cut(batches: Sequence[Batch], pad_id: int, most: int | None = None) -> list[tuple[Batch, Tensor]]:
     """Batches of S silos, (B, T) each -> pieces of rows (R, T') and the silo of each row (R,), `most` rows in each at most."""
     whole = stack(list(batches), pad_id)  # (S, B, T)
-    rows = Batch(*(f.flatten(0, 1) if (f := getattr(whole, name)).dim() > 2 else f for name in Batch.__dataclass_fields__))
-    labels = whole.labels.flatten(0, 1)  # (S * B, K), or (S * B,) classes
     owner = torch.arange(len(batches)).repeat_interleave(whole.input_ids.shape[1])
+    rows = Batch(*(getattr(whole, name).flatten(0, 1) for name in ("input_ids", "attention_mask", "position_ids", "labels")))
     lengths, order = rows.attention_mask.sum(1).sort(stable=True)
     longest = rows.input_ids.shape[1]
     widths = [min(-(-n // STEP) * STEP, longest) for n in lengths.tolist()]
@@ -55,13 +54,13 @@ def cut(batches: Sequence[Batch], pad_id: int, most: int | None = None) -> list[
         if count > 1 and (count * width > room() or count > (most or count)):
             starts.append(i)
     return [
-        (_some(rows, labels, order[a:b], widths[b - 1]), owner[order[a:b]]) for a, b in pairwise([*starts, len(widths)])
+        (_some(rows, order[a:b], widths[b - 1]), owner[order[a:b]]) for a, b in pairwise([*starts, len(widths)])
     ]
 
 
-def _some(rows: Batch, labels: Tensor, taken: Tensor, width: int) -> Batch:
+def _some(rows: Batch, taken: Tensor, width: int) -> Batch:
     """These rows, without the columns that are padding in all of them."""
-    mine = labels[taken]
+    mine = rows.labels[taken]  # (R, K), or (R,) classes
     if mine.dim() == 2:
         told = (mine != IGNORED).any(0).nonzero()
         mine = mine[:, int(told[0]) if len(told) else -1 :]
