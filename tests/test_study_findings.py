@@ -138,7 +138,7 @@ def test_from_where_on_quality_is_lost() -> None:
     assert "from 0.800 at dropout 0" in worse.text
     assert worse.test.startswith("paired two-sided t over 3 seeds against dropout 0, Holm over 3: ")
     assert worse.holds
-    assert "less than 2.0 points worse at dropout 0.1 by 0.1 points" in kept.text
+    assert "less than 2.0 points worse at dropout 0.1 (0.1 points worse, 95 % interval " in kept.text
     assert "not shown at dropout 0.3 and 0.5" in kept.text
     assert kept.holds
 
@@ -147,7 +147,7 @@ def test_from_where_on_quality_is_lost() -> None:
     ("lost", "apart", "shown"),
     [
         (0.03, 0.01, "is 3.0 points worse (95 % interval"),  # two-sided: t = 3 sqrt 3, p = .035
-        (0.009, 0.005, "is less than 2.0 points worse at dropout 0.5 by 0.9 points"),  # one-sided: t = 2.2 sqrt 3, p = .031
+        (0.009, 0.005, "is less than 2.0 points worse at dropout 0.5 (0.9 points worse"),  # one-sided: t = 2.2 sqrt 3, p = .031
     ],
 )
 def test_a_drop_shown_alone_is_not_shown_as_one_of_two(lost: float, apart: float, shown: str) -> None:
@@ -233,18 +233,35 @@ def attacked(at: Mapping[str, Any], row: str, seed: int) -> float:
 
 def test_which_aggregates_hold_and_which_collapse() -> None:
     first, *others = robust(attacked, **ATTACKED)
-    assert first.text.startswith("Attackers 2: federated accuracy is less than 2.0 points worse with median 0.5 points")
-    assert "it collapses (more than half of its lead over zero-shot is lost) with mean 30.0 points" in first.text
+    assert first.text.startswith("Attackers 2: federated accuracy is less than 2.0 points worse with median (0.5 points worse, ")
+    assert "it collapses (more than half of its lead over zero-shot is lost) with mean (30.0 points worse" in first.text
     assert "against the same aggregate at attackers 0; less than 2.0 points worse, Holm over 2: " in first.test
     assert first.holds
     assert len(others) == 2  # of each aggregate: worse or not
+
+
+def test_what_learns_nothing_without_attackers_is_not_called_robust() -> None:
+    """Krum is at 0.55 with and without attackers: of the mean's lead over zero-shot, 0.9 - 0.5, that is an eighth."""
+
+    def level(at: Mapping[str, Any], row: str, seed: int) -> float:
+        return 0.55 + JITTER[seed] if row == "federated" and at["aggregate"] == "krum" else attacked(at, row, seed)
+
+    names = ("mean", "median", "krum")
+    choice = {**nothing("attackers", 0, 1, 2), **nothing("aggregate", *names)}
+    told = robust(level, **{**ATTACKED, "axes": {"aggregate": [*names], "attackers": [0, 1, 2]}, "choice": choice})
+    apart = [one for one in told if "krum: accuracy is 0.550, against 0.900 with mean" in one.text]
+    assert len(apart) == 1  # not once for each number of attackers
+    assert apart[0].text.startswith("Attackers 0: not asked of krum: ")
+    assert (apart[0].holds, "Holm over 2, p " in apart[0].test) == (None, True)
+    hold = said(told, "Attackers 2: federated accuracy is less than 2.0 points worse with median (")
+    assert "krum" not in hold.text + hold.test
 
 
 def test_a_floor_that_is_higher_makes_no_collapse_of_it() -> None:
     """From 0.9 to 0.6 with zero-shot at 0.2: 0.3 of 0.7 is lost, less than half."""
     first, *_ = robust(lambda at, row, seed: 0.2 if row == "zero_shot" else attacked(at, row, seed), **ATTACKED)
     assert "collapses" not in first.text
-    assert "it is more than 2.0 points worse with mean 30.0 points" in first.text
+    assert "it is more than 2.0 points worse with mean (30.0 points worse" in first.text
 
 
 def test_without_a_point_of_no_attackers_mean_is_the_reference() -> None:
@@ -253,7 +270,7 @@ def test_without_a_point_of_no_attackers_mean_is_the_reference() -> None:
     levels = {("mean", 1): 0.9, ("mean", 2): 0.4, ("median", 1): 0.7, ("median", 2): 0.9}
     told = robust(lambda at, row, seed: levels[at["aggregate"], at["attackers"]] + JITTER[seed] * (at["attackers"] == 2), **part)
     hard = said(told, "Attackers 2: federated accuracy is less")
-    assert "worse with median 0.0 points" in hard.text  # against mean at 1 attacker, not median's own 0.7
+    assert "worse with median (0.0 points apart, " in hard.text  # against mean at 1 attacker, not median's own 0.7
     assert "against attackers 1, aggregate mean" in hard.test
     assert "mean" not in said(told, "Attackers 1: federated accuracy is more").text  # mean there is the reference itself
 

@@ -17,6 +17,7 @@ from fedtailor.study.points import Points, ordered
 from fedtailor.study.wording import (
     Finding,
     amount,
+    aside,
     comparative,
     finding,
     flipped,
@@ -133,7 +134,7 @@ def _kept(study: Study, points: Points, rest: At, found: list[Drop], setting: st
     claim = f"{ROWS.get(points.main, points.main)} {metric_of(points.metric).label} is less than {margin} worse"
     if not fine:
         return finding(points, rest, f"not shown for any {line} but {shown(points.part.against)}: that {claim}", test, None)
-    each = listed([f"{shown(drop.value)} by {with_interval(drop.loss.difference, points.metric)}" for drop in fine])
+    each = listed([f"{shown(drop.value)} {aside(drop.loss.difference, points.metric)}" for drop in fine])
     left = [shown(drop.value) for drop in found if drop not in fine]
     others = f"; not shown at {line} {listed(left)}" if left else ""
     return finding(points, rest, f"{claim} at {line} {each}{others}", test, True)
@@ -188,27 +189,54 @@ def _methods(points: Points) -> Iterator[Finding]:
 def _aggregates(study: Study, points: Points, attackers: str) -> Iterator[Finding]:
     """With so many attackers: which aggregates lose less than the margin, and which collapse."""
     none = next((value for value in points.part.axes[attackers] if _none(value)), None)
+    said: list[Finding] = []
     for rest, group in points.apart("aggregate"):
         if rest[attackers] == none:
             continue
         losses: dict[str, dict[int, float]] = {}
         halves: dict[str, tuple[dict[int, float], str]] = {}
+        starts: dict[str, At] = {}
         for at in group:
             name = shown(at["aggregate"])
             start = _reference(points, at, attackers, none)
             loss = lost_of(points.values(start, points.main), points.values(at, points.main), points.better)
             if loss and start != at:
-                losses[name], halves[name] = loss, _half(points, start)
+                losses[name], halves[name], starts[name] = loss, _half(points, start), start
         if losses:
             against = named(start) if none is None else f"the same aggregate at {attackers} {shown(none)}"
+            poor = _poor(points, rest, starts, attackers, none) if none is not None else {}
+            yield from (one for one in poor.values() if one not in said)  # with more attackers it is the same
+            said += poor.values()
+            losses = {name: loss for name, loss in losses.items() if name not in poor}
             yield _survivors(study, points, rest, losses, halves, against)
+
+
+def _poor(points: Points, rest: At, starts: Mapping[str, At], attackers: str, none: Value) -> dict[str, Finding]:
+    """Aggregates that already without attackers are as poor, against the best, as a collapse: a sentence for each.
+
+    What loses nothing because it had nothing is not called robust.
+    """
+    values = {name: points.values(start, points.main) for name, start in starts.items()}
+    best = max(values, key=lambda name: interval(values[name]).mean * (-1 if points.better == "lower" else 1))
+    half, words = _half(points, starts[best])
+    behind = {name: lost_of(values[best], told, points.better) for name, told in values.items() if name != best}
+    beyond = {name: interval(lost_of(loss, half, "higher")) for name, loss in behind.items()}
+    ps = dict(zip(behind, holm([exceeds(one.values) for one in beyond.values()]), strict=True))
+    found = {}
+    for name in (name for name, p in ps.items() if p < LEVEL):
+        mean, reference = (number(interval(values[one]).mean) for one in (name, best))
+        text = f"not asked of {name}: {metric_of(points.metric).label} is {mean}, against {reference} with {best}: {words}"
+        test = f"paired one-sided t over {over(beyond[name].n)}, Holm over {tests(ps.values())}, {p_of(ps[name], beyond[name])}"
+        at = {axis: none if axis == attackers else value for axis, value in rest.items()}
+        found[name] = finding(points, at, text, test, None)
+    return found
 
 
 def _survivors(
     study: Study, points: Points, rest: At, losses: Mapping[str, Values], halves: Mapping[str, tuple[Values, str]], against: str
 ) -> Finding:
     margin, label = amount(study.margin, points.metric), metric_of(points.metric).label
-    each = {name: f"{name} {with_interval(interval(loss), points.metric)}" for name, loss in losses.items()}
+    each = {name: f"{name} {aside(interval(loss), points.metric)}" for name, loss in losses.items()}
     lost = {name: interval(loss) for name, loss in losses.items()}
     kept = dict(zip(losses, holm([exceeds(_negative(loss), -study.margin) for loss in losses.values()]), strict=True))
     if not tests(kept.values()):

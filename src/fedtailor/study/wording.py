@@ -56,6 +56,12 @@ def with_interval(value: Interval, metric: str) -> str:
     return f"{amount(value.mean, metric)} (95 % interval {_figure(value.low, metric)} to {_figure(value.high, metric)})"
 
 
+def aside(loss: Interval, metric: str) -> str:
+    """What is lost, in brackets after a name: (1.5 points worse, 95 % interval 0.9 to 2.1); below 0 it is better."""
+    size, word, bracket = parted(flipped(loss), metric, "higher")
+    return f"({size} {word}{bracket.replace(' (', ', ').rstrip(')')})"
+
+
 def percent(ratio: Interval) -> str:
     """98.1 % (97.0 to 99.2)"""
     shown = f"{100 * ratio.mean:.1f} %"
