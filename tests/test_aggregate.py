@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from fedtailor import aggregate
 from fedtailor.errors import UserError
 
-ALL = ["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "norm_clipping"]
-ROBUST = ["median", "trimmed_mean", "krum", "multi_krum", "geometric_median"]
+MIXED = ["nnm_median", "nnm_geometric_median"]
+ALL = ["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", *MIXED, "norm_clipping"]
+ROBUST = ["median", "trimmed_mean", "krum", "multi_krum", "geometric_median", *MIXED]
 
 
 def replies(*pairs: tuple[list[float], float]) -> list[tuple[dict[str, torch.Tensor], float]]:
@@ -88,6 +89,28 @@ def test_the_geometric_median_by_hand() -> None:
     assert told("geometric_median", points(9.0, 1.0, 2.0)) == pytest.approx(2.0, abs=1e-4)
     assert told("geometric_median", points(9.0, 1.0, 2.0, 7.0, weights=[1.0, 1.0, 4.0, 1.0])) == pytest.approx(2.0, abs=1e-4)
     assert told("geometric_median", points(9.0, 2.0, weights=[3.0, 2.0])) == pytest.approx(9.0, abs=1e-4)
+
+
+def test_mixing_with_neighbours_by_hand() -> None:
+    some = points(0.0, 1.0, 3.0, 5.0, 100.0, weights=[1.0, 1.0, 1.0, 1.0, 9.0])
+    # 4 of 5 are mixed: the first four become (0 + 1 + 3 + 5) / 4 = 2.25, the liar (100 + 5 + 3 + 1) / 4 = 27.25
+    assert told("nnm_median", some) == 2.25
+    assert told("nnm_median", points(0.0, 1.0, 3.0, 5.0, 100.0, weights=[5.0, 1.0, 1.0, 1.0, 9.0])) == 2.25
+    # weights are those of the replies, so that a liar with more than half of them has its way
+    assert told("nnm_geometric_median", some) == pytest.approx(27.25, abs=1e-4)
+    assert told("nnm_geometric_median", points(0.0, 1.0, 3.0, 5.0, 100.0)) == pytest.approx(2.25, abs=1e-4)
+    # 3 of 5: 0 and 1 become (0 + 1 + 3) / 3, 3 and 5 become (1 + 3 + 5) / 3, 100 becomes 36
+    assert told("nnm_median", some, 0.4) == pytest.approx(3)
+    # nobody is thought to attack: each becomes the mean of all
+    assert told("nnm_median", points(1.0, 2.0, 6.0), 0.0) == 3.0
+
+
+def test_replies_are_neighbours_by_all_their_tensors() -> None:
+    # in w alone the second is nearest to the first; with b, the third is: (0 + 4) / 2, (0 + 1) / 2, and so on
+    some = [({"w": torch.tensor([w]), "b": torch.tensor(b)}, 1.0) for w, b in ((0.0, 0.0), (1.0, 90.0), (4.0, 1.0), (3.0, 0.0))]
+    found = aggregate.nnm_median(some, byzantine=0.49)  # 1 of 4 attacks, 3 are mixed
+    # w: 7/3 (1, 3, 4), 8/3 (2, 3, 4), 7/3, 7/3; b: 1/3, 91/3, 1/3, 1/3
+    assert (found["w"].item(), found["b"].item()) == pytest.approx((7 / 3, 1 / 3))
 
 
 def test_norm_clipping_by_hand() -> None:
@@ -181,7 +204,7 @@ def test_aggregators_are_found_by_name() -> None:
 
 
 def test_the_share_of_attackers_goes_to_those_that_ask() -> None:
-    for name in ("trimmed_mean", "krum", "multi_krum", "fedtailor.aggregate:krum"):
+    for name in ("trimmed_mean", "krum", "multi_krum", "nnm_median", "fedtailor.aggregate:krum"):
         found = aggregate.find(name, 0.4)
         assert isinstance(found, functools.partial)
         assert found.keywords == {"byzantine": 0.4}

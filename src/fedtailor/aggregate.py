@@ -82,6 +82,17 @@ def geometric_median(replies: Replies) -> Tensors:
     return _combined(replies, share.tolist())
 
 
+def nnm_median(replies: Replies, *, byzantine: float = BYZANTINE) -> Tensors:
+    """`median` of mixed replies (NNM, Allouah et al. 2023, "Fixing by mixing"): each of n replies gives way to the plain mean
+    of the n - f nearest to it, itself among them, so that honest ones are more alike before they are compared."""
+    return median(_mixed(replies, byzantine))
+
+
+def nnm_geometric_median(replies: Replies, *, byzantine: float = BYZANTINE) -> Tensors:
+    """`geometric_median` of replies mixed as in `nnm_median`, each with the weight of the reply in whose place it is."""
+    return geometric_median(_mixed(replies, byzantine))
+
+
 def norm_clipping(replies: Replies) -> Tensors:
     """Weighted mean of replies none of which is longer than the median of their norms (Sun et al. 2019, "Can you really backdoor
     federated learning?", where the bound is a setting). It bounds what an attacker can do, and does not undo it."""
@@ -117,6 +128,14 @@ def _trimmed(replies: Replies, each: int) -> Tensors:
         ranked = torch.stack([d[n] for d, _ in replies]).sort(dim=0).values[each : len(replies) - each]
         found[n] = ranked.mean(dim=0, dtype=torch.float64).to(like.dtype)
     return found
+
+
+def _mixed(replies: Replies, byzantine: float) -> Replies:
+    """Each reply as the mean of the n - f nearest to it; all of them are held beside the replies."""
+    near = len(replies) - _attackers(len(replies), byzantine)
+    order = _squared_distances(replies).argsort(dim=1, stable=True)[:, :near].tolist()
+    neighbours = [[replies[i] for i in sorted(places)] for places in order]
+    return [(_combined(some, [1 / near] * near), weight) for some, (_, weight) in zip(neighbours, replies, strict=True)]
 
 
 def _low(distances: Tensor) -> float:
